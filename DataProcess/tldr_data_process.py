@@ -1,0 +1,193 @@
+"""Turn the TL;DR comparisons into preference pairs, and the TL;DR test posts into prompts.
+
+Reads   the dataset `comparisons` (a hub name or a local folder) and the dataset `test_posts`.
+Writes  summarize_from_feedback/: splits `train` and `validation` with TRL's columns `prompt`, `chosen`,
+        `rejected`, and split `test` with `prompt` and `reference`; processing.json keeps the template.
+
+Every prompt of the project is formatted here and nowhere else, so the policy, the reward models and DPO
+are asked with the same text.
+
+    python DataProcess/tldr_data_process.py
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from dataset_files import fail, save_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import HfArgumentParser
+
+
+@dataclass
+class Settings:
+    comparisons: str = field(
+        default="openai/summarize_from_feedback",
+        metadata={"help": "Pairwise comparisons: hub name or folder."},
+    )
+    comparisons_config: str = field(default="comparisons", metadata={"help": "Its configuration."})
+    test_posts: str = field(
+        default="CarperAI/openai_summarize_tldr", metadata={"help": "Test posts: hub name or folder."}
+    )
+    # The SFT model's own prompt format is not documented beyond a `<sep>` in its tokenizer; this is the
+    # format of the paper's code. Special tokens written here are live; spelt in a post they are text.
+    template: str = field(
+        default="POST: {post}\\nTL;DR:",
+        metadata={"help": "The prompt, built around {post}; \\n is a line break."},
+    )
+    output: str = field(default="summarize_from_feedback", metadata={"help": "Folder to write."})
+
+
+def load_source(name: str, config: str | None = None) -> DatasetDict:
+    """Load a dataset, or the parquet copy that the hub keeps of one that only has a loading script."""
+    try:
+        return load_dataset(name, config)
+    except (RuntimeError, ValueError) as error:
+        # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
+        if config is None:
+            fail(f"cannot load {name!r}: {error}")
+    except Exception as error:
+        fail(f"cannot load {name!r}: {error}")
+
+    try:
+        return load_dataset(name, data_dir=config, revision="refs/convert/parquet")
+    except Exception as error:
+        fail(
+            f"cannot load {name!r}, neither its configuration {config!r} nor the parquet copy of it: {error}"
+        )
+
+
+def preference_from_comparison(row: dict, index: int, split: str, template: str) -> dict[str, str]:
+    """One comparison as prompt, chosen and rejected; `dropped` says why a row is of no use, else "".
+
+    Raises:
+        ValueError: a field is missing or `choice` is neither 0 nor 1; the message names the row.
+    """
+    try:
+        post = row["info"]["post"]
+        summaries = [summary["text"] for summary in row["summaries"]]
+        choice = row["choice"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"row {index} of split {split!r} has no usable field {error}") from None
+
+    if choice not in (0, 1):
+        raise ValueError(f"row {index} of split {split!r}: `choice` is {choice!r}, not 0 or 1")
+    if len(summaries) != 2:
+        raise ValueError(f"row {index} of split {split!r}: {len(summaries)} summaries, not 2")
+
+    chosen, rejected = summaries[choice], summaries[1 - choice]
+    if not (post or "").strip():
+        dropped = "no post"
+    elif not (chosen or "").strip() or not (rejected or "").strip():
+        dropped = "empty summary"
+    elif chosen.strip() == rejected.strip():
+        dropped = "identical summaries"
+    else:
+        return {
+            "prompt": format_prompt(post, template),
+            "chosen": format_response(chosen, template),
+            "rejected": format_response(rejected, template),
+            "dropped": "",
+        }
+    return {"prompt": "", "chosen": "", "rejected": "", "dropped": dropped}
+
+
+def prompt_from_test_post(row: dict, index: int, template: str) -> dict[str, str]:
+    """One test row (`prompt`: subreddit, title and post; `label`: the reference) as prompt and reference.
+
+    Raises:
+        ValueError: the row has no post between `POST:` and `TL;DR:`, or a field is missing.
+    """
+    try:
+        post = re.search(r"POST:(.*)\nTL;DR:\s*$", row["prompt"], flags=re.DOTALL)
+        reference = row["label"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"row {index} of the test posts has no usable field {error}") from None
+
+    if post is None:
+        raise ValueError(f"row {index} of the test posts holds no text between `POST:` and `TL;DR:`")
+    if not post[1].strip():
+        return {"prompt": "", "reference": "", "dropped": "no post"}
+    if not (reference or "").strip():
+        return {"prompt": "", "reference": "", "dropped": "empty summary"}
+
+    reference = format_response(reference, template)
+    return {"prompt": format_prompt(post[1], template), "reference": reference, "dropped": ""}
+
+
+def format_prompt(post: str, template: str) -> str:
+    return template.replace("{post}", post.strip())
+
+
+def format_response(summary: str, template: str) -> str:
+    """The summary with the one space before it that a policy writes after the template."""
+    return summary.strip() if template[-1].isspace() else " " + summary.strip()
+
+
+def keep_useful(rows: Dataset, split: str) -> tuple[Dataset, dict[str, int]]:
+    """Drop the rows that carry a reason in `dropped`, and count the reasons."""
+    counts = Counter(rows["dropped"])
+    kept = rows.filter(lambda dropped: not dropped, input_columns="dropped", desc=f"{split}: dropping")
+    counts.pop("", None)
+
+    if not len(kept):
+        fail(f"no row of split {split!r} is of use; dropped: {dict(counts)}")
+    return kept.remove_columns("dropped"), dict(counts)
+
+
+def process_splits(settings: Settings, template: str) -> tuple[DatasetDict, dict[str, dict[str, int]]]:
+    comparisons = load_source(settings.comparisons, settings.comparisons_config)
+    test_posts = load_source(settings.test_posts)
+
+    for source, name, splits in (
+        (comparisons, settings.comparisons, ("train", "validation")),
+        (test_posts, settings.test_posts, ("test",)),
+    ):
+        for split in splits:
+            if split not in source:
+                fail(f"{name!r} has no split {split!r}; it has {sorted(source)}")
+
+    processed, dropped = DatasetDict(), {}
+    for split in ("train", "validation", "test"):
+        if split == "test":
+            source, convert, kwargs = test_posts[split], prompt_from_test_post, {}
+        else:
+            source, convert, kwargs = comparisons[split], preference_from_comparison, {"split": split}
+
+        rows = source.map(
+            convert,
+            with_indices=True,
+            fn_kwargs={"template": template, **kwargs},
+            remove_columns=source.column_names,
+            desc=f"{split}: formatting",
+        )
+        processed[split], dropped[split] = keep_useful(rows, split)
+    return processed, dropped
+
+
+def main() -> None:
+    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
+    (settings,) = parser.parse_args_into_dataclasses()
+    if os.environ.get("RANK", "0") != "0":
+        return  # under a launcher one process is enough
+
+    template = settings.template.replace("\\n", "\n")
+    if template.count("{post}") != 1:
+        fail(f"--template must hold {{post}} exactly once, not {settings.template!r}")
+
+    try:
+        processed, dropped = process_splits(settings, template)
+    except ValueError as error:
+        fail(str(error))
+    save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)
+
+    print(f"\nwrote {settings.output}/")
+    for split, rows in processed.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped[split].items()) or "none"
+        print(f"  {split:<10} {len(rows):>7} rows (dropped: {reasons})")
+    print("next: python DataProcess/tldr_data_process_partial.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,662 @@
+"""Decode the test prompts with every method: ARGS, PARGS-G, PARGS, BESTN, TOP-K, DPO and PPO.
+
+Reads   summarize_from_feedback/ (split `test`), the policies and the reward models.
+Writes  generation_{args,pargs,pargs_g,bestn,top_k,dpo,ppo}.json and baseline_results.csv, which holds the
+        evaluation reward model's score of each finished response; with --trace also trace_*.jsonl.
+
+At each token the policy proposes its top k; guided methods add w times the reward of each continuation to
+its log-probability and take the best, or sample. All prompts decode together, yet what is written for one
+does not depend on the others: its random numbers belong to (seed, method, prompt, sample, step) alone.
+
+    python PARGS_decode/PARGS_baselines.py
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import load_from_disk
+from peft import AutoPeftModelForCausalLM
+from reward_scoring import (
+    CachedGuide,
+    RereadingGuide,
+    RewardModel,
+    Written,
+    can_cache,
+    encode_written,
+    fail,
+    left_pad,
+    load_reward_model,
+    longest_input,
+    positions,
+    score_pairs,
+)
+from text_encoding import decode_texts, encode_prompts, start_ids
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass
+class Settings:
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "Which to run, e.g. --methods ARGS PARGS-G."},
+    )
+
+    policy: str = field(
+        default="vistagi/gpt2-large-tldr-sum", metadata={"help": "The reference policy (SFT model)."}
+    )
+    full_reward_model: str = field(
+        default="OpenAssistant/reward-model-deberta-v3-large",
+        metadata={"help": "Trained on full sequences: guides ARGS, picks for BESTN."},
+    )
+    partial_reward_model: str = field(
+        default="partial_reward_modeling_tldr", metadata={"help": "Trained on prefixes: guides PARGS."}
+    )
+    evaluation_reward_model: str | None = field(
+        default=None, metadata={"help": "Scores the finished responses; the full reward model if not given."}
+    )
+    dpo_policy: str = field(default="GPT2_large_tldr_DPO", metadata={"help": "The DPO adapter or model."})
+    ppo_policy: str = field(default="vistagi/gpt2-large-tldr-sum-rlhf", metadata={"help": "The RLHF model."})
+
+    dataset: str = field(default="summarize_from_feedback", metadata={"help": "Where the test prompts are."})
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": 'Own prompts instead: a file of lines {"prompt": ..., "reference": ...}.'},
+    )
+    num_prompts: int = field(default=100, metadata={"help": "Test prompts to decode; 0 for all."})
+
+    k: int = field(default=10, metadata={"help": "Tokens that the policy proposes at each step."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest response in tokens."})
+    args_weight: float = field(default=1.0, metadata={"help": "w of ARGS in log pi + w * r."})
+    pargs_g_weight: float = field(default=1.0, metadata={"help": "w of PARGS-G."})
+    pargs_weight: float = field(default=2.0, metadata={"help": "w of PARGS."})
+    best_of: int = field(default=10, metadata={"help": "Samples that BESTN chooses from."})
+    seed: int = field(default=42, metadata={"help": "Which test prompts, and all sampling."})
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the results of other settings in this directory."}
+    )
+    trace: bool = field(default=False, metadata={"help": "Keep every step's candidates and rewards."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision of the models; auto is float16 on a GPU and float32 on a CPU.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    token_budget: int = field(
+        default=0, metadata={"help": "Tokens that a reward model reads at once; 0 fits it to the device."}
+    )
+    cache_gb: float = field(
+        default=8.0,
+        metadata={"help": "Memory for key-value caches, which sets how many prompts decode at once."},
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as a choice of policy, guide, weight and how a token is picked; names are of settings."""
+
+    policy: str
+    guide: str | None = None
+    weight: str | None = None
+    greedy: bool = False
+    best_of: str | None = None
+
+
+METHODS = {
+    "ARGS": Method("policy", guide="full_reward_model", weight="args_weight", greedy=True),
+    "PARGS-G": Method("policy", guide="partial_reward_model", weight="pargs_g_weight", greedy=True),
+    "PARGS": Method("policy", guide="partial_reward_model", weight="pargs_weight"),
+    "BESTN": Method("policy", best_of="best_of"),
+    "TOP-K": Method("policy"),
+    "DPO": Method("dpo_policy"),
+    "PPO": Method("ppo_policy"),
+}
+
+MADE_BY = {
+    "partial_reward_model": "make it with `python partial_reward_training/tldr_partial_reward_model.py`",
+    "dpo_policy": "make it with `python DPO_training/GPT2_large_DPO_tldr.py`",
+}
+
+
+@dataclass
+class Policy:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: set[int]
+    max_length: int
+
+
+@dataclass
+class Row:
+    """One response being written: the `sample`-th of a prompt."""
+
+    prompt: str
+    prompt_ids: list[int]
+    sample: int
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    steps: list[dict] = field(default_factory=list)
+
+
+# Loading
+
+
+def check_settings(settings: Settings) -> None:
+    unknown = [method for method in settings.methods if method not in METHODS]
+    if unknown or not settings.methods:
+        fail(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown) or 'nothing'}")
+    for name in ("k", "max_new_tokens", "best_of"):
+        if getattr(settings, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(settings, name)}")
+
+
+def load_prompts(settings: Settings) -> tuple[list[str], list[str | None], str]:
+    """Prompts, their references (None where there is none) and the template they were built from."""
+    if settings.prompts:
+        return *read_own_prompts(settings.prompts), "{post}"
+
+    try:
+        test = load_from_disk(settings.dataset)["test"]
+        sidecar = Path(settings.dataset, "processing.json")
+        template = json.loads(sidecar.read_text())["template"] if sidecar.exists() else "{post}"
+        prompts, references = test["prompt"], test["reference"]
+    except Exception as error:
+        fail(
+            f"cannot read split 'test' of {settings.dataset!r} ({error}); "
+            "make it with `python DataProcess/tldr_data_process.py`"
+        )
+
+    if settings.num_prompts:
+        chosen = test.shuffle(seed=settings.seed).select(range(min(settings.num_prompts, len(test))))
+        prompts, references = chosen["prompt"], chosen["reference"]
+    return list(prompts), list(references), template
+
+
+def read_own_prompts(path: str) -> tuple[list[str], list[str | None]]:
+    """Read lines {"prompt": ..., "reference": ...}; the reference may be left out."""
+    prompts, references = [], []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read the prompts {path!r}: {error}")
+
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, reference = row["prompt"], row.get("reference")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f'{path}, line {number} is not a JSON object with a "prompt" ({error!r})')
+        if not isinstance(prompt, str) or not prompt.strip() or not isinstance(reference, str | None):
+            fail(f'{path}, line {number}: "prompt" must be text, and "reference" text or absent')
+        prompts.append(prompt)
+        references.append(reference)
+
+    if not prompts:
+        fail(f"{path} holds no prompts")
+    return prompts, references
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def choose_token_budget(settings: Settings, device: torch.device) -> int:
+    """Tokens a reward model reads at once: what a CPU's caches like, or what fits beside two models."""
+    if settings.token_budget:
+        return settings.token_budget
+    if device.type != "cuda":
+        return 4096
+    return 65536 if torch.cuda.get_device_properties(device).total_memory < 40e9 else 262144
+
+
+@lru_cache(maxsize=1)
+def load_policy(name: str, dtype: torch.dtype, device: torch.device, made_by: str) -> Policy:
+    """Load a causal language model, or an adapter and its base merged."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if Path(name, "adapter_config.json").exists():
+            # Merged in full precision, so that nothing of a small update is rounded away.
+            adapted = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = adapted.merge_and_unload().to(dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:
+        fail(f"cannot load the policy {name!r}: {error}; {made_by}")
+
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    return Policy(
+        model.to(device).eval(), tokenizer, eos_ids - {None}, longest_input(model.config, tokenizer)
+    )
+
+
+# Choosing a token
+
+
+def uniform(seed: int, method: str, prompt: str, sample: int, step: int) -> float:
+    """The random number in [0, 1) of one step, the same wherever and beside whatever it is drawn."""
+    key = json.dumps([seed, method, prompt, sample, step]).encode()
+    return (int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 11) * 2.0**-53
+
+
+def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most probable tokens and their log-probabilities over the whole vocabulary, both [batch, k].
+
+    Candidates come by falling probability, equal ones by rising id.
+    """
+    log_probs = logits.float().log_softmax(-1)  # [batch, vocabulary]
+    # 1e-13 an id separates equal values and is below the distance of different ones.
+    by_id = torch.arange(log_probs.shape[-1], device=log_probs.device, dtype=torch.float64) * 1e-13
+    candidates = (log_probs.double() - by_id).topk(min(k, log_probs.shape[-1])).indices
+    return candidates, log_probs.gather(1, candidates)
+
+
+def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Which candidate of each row, [batch]: the first best, or by inverse CDF of softmax(scores).
+
+    `scores` is [batch, k] in float64, `uniforms` [batch] or None for greedy. A row with a NaN gives -1.
+    """
+    if uniforms is None:
+        choice = scores.argmax(-1)
+    else:
+        cdf = scores.softmax(-1).cumsum(-1)
+        choice = (cdf <= uniforms[:, None]).sum(-1).clamp(max=scores.shape[-1] - 1)
+    return choice.masked_fill(scores.isnan().any(-1), -1)
+
+
+# Decoding
+
+
+@torch.inference_mode()
+def decode_wave(
+    policy: Policy,
+    rows: list[Row],
+    samples: int,
+    settings: Settings,
+    method: str,
+    guide: RereadingGuide | CachedGuide | None,
+) -> None:
+    """Write the responses of `rows` together, in place; the rows of a prompt's samples stand side by side.
+
+    Rows that end leave the batch at once. A step waits for the device once, where the tokens chosen in the
+    step before and the new candidates are fetched together.
+    """
+    how, device = METHODS[method], policy.model.device
+    weight = getattr(settings, how.weight) if how.weight else 0.0
+
+    firsts = rows[::samples]
+    input_ids, mask = (tensor.to(device) for tensor in left_pad([row.prompt_ids for row in firsts]))
+    past_key_values = DynamicCache(config=policy.model.config)
+    logits = forward(policy, input_ids, mask, positions(mask), past_key_values)
+    if samples > 1:
+        past_key_values.batch_repeat_interleave(samples)
+        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    if guide:
+        guide.begin([row.prompt for row in rows])
+
+    chosen = None  # [batch], the tokens of the step before, not yet on the host
+    for step in range(settings.max_new_tokens + 1):
+        candidates, log_probs = top_candidates(logits, settings.k)
+        fetched = candidates if chosen is None else torch.cat([candidates, chosen[:, None]], dim=1)
+        fetched = fetched.tolist()
+
+        if chosen is not None:
+            kept = [at for at, row in enumerate(rows) if not append_token(policy, row, fetched[at].pop())]
+            if step == settings.max_new_tokens or not kept:
+                return
+            if len(kept) < len(rows):
+                rows, fetched = [rows[at] for at in kept], [fetched[at] for at in kept]
+                index = torch.tensor(kept, device=device)
+                candidates, log_probs, mask = candidates[index], log_probs[index], mask[index]
+                past_key_values.batch_select_indices(index)
+                if guide:
+                    guide.keep(kept)
+
+        scores = log_probs.double()
+        if guide:
+            rewards = guide.score([row.ids for row in rows], fetched, candidates)
+            scores = scores + weight * rewards.double()
+            # log pi may be -inf, a reward may not.
+            scores = scores.masked_fill(~rewards.isfinite(), torch.nan)
+
+        uniforms = None
+        if not how.greedy:
+            drawn = [uniform(settings.seed, method, row.prompt, row.sample, step) for row in rows]
+            uniforms = torch.tensor(drawn, dtype=torch.float64, device=device)
+        choice = choose(scores, uniforms)
+        chosen = candidates.gather(1, choice.clamp(min=0)[:, None]).squeeze(1).masked_fill(choice < 0, -1)
+
+        if settings.trace and guide:
+            keep_trace(policy, rows, fetched, log_probs, rewards, choice)
+        if step < settings.max_new_tokens - 1:
+            seen = mask.sum(1, keepdim=True)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = forward(policy, chosen.clamp(min=0)[:, None], mask, seen, past_key_values)
+
+
+def forward(
+    policy: Policy,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    past_key_values: DynamicCache,
+) -> torch.Tensor:
+    """Logits after the last token, [batch, vocabulary]; the cache takes the tokens in."""
+    return policy.model(
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def append_token(policy: Policy, row: Row, token: int) -> bool:
+    """Take the token in; True where it ends the response (an EOS is not part of it)."""
+    if token < 0:
+        fail(f"a NaN or infinite reward or log-probability came up after the prompt {row.prompt[:200]!r}")
+    if token in policy.eos_ids:
+        row.finish_reason = "eos"
+        return True
+    row.ids.append(token)
+    return False
+
+
+def keep_trace(
+    policy: Policy,
+    rows: list[Row],
+    candidates: list[list[int]],
+    log_probs: torch.Tensor,
+    rewards: torch.Tensor,
+    choice: torch.Tensor,
+) -> None:
+    columns = zip(rows, candidates, log_probs.tolist(), rewards.tolist(), choice.tolist(), strict=True)
+    for row, ids, row_log_probs, row_rewards, chosen in columns:
+        row.steps.append(
+            {
+                "tokens": [policy.tokenizer.decode([token]) for token in ids],
+                "log_probs": [round(value, 4) for value in row_log_probs],
+                "rewards": [round(value, 4) for value in row_rewards],
+                "chosen": chosen,
+            }
+        )
+
+
+def waves(
+    rows: list[Row], samples: int, policy: Policy, guide: object, settings: Settings
+) -> Iterator[list[Row]]:
+    """Cut rows into waves whose caches fit into `cache_gb`, similar prompt lengths together."""
+    groups = [rows[at : at + samples] for at in range(0, len(rows), samples)]
+    groups.sort(key=lambda group: len(group[0].prompt_ids), reverse=True)
+    token_bytes = cache_bytes(policy.model)
+    if isinstance(guide, CachedGuide):
+        token_bytes += cache_bytes(guide.reward_model.model)
+
+    while groups:
+        row_bytes = token_bytes * (len(groups[0][0].prompt_ids) + settings.max_new_tokens)
+        count = max(1, int(settings.cache_gb * 1e9 / (row_bytes * samples)))
+        yield [row for group in groups[:count] for row in group]
+        groups = groups[count:]
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes that one token takes in a model's key-value cache."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize
+
+
+def decode_method(
+    method: str, prompts: list[str], template: str, settings: Settings
+) -> tuple[list[Row], PreTrainedTokenizerBase]:
+    """All responses of one method, `samples` of each prompt side by side, and the policy's tokenizer."""
+    how, device = METHODS[method], PartialState().device
+    dtype = choose_dtype(settings.dtype, device)
+    name = getattr(settings, how.policy)
+    policy = load_policy(name, dtype, device, MADE_BY.get(how.policy, f"name another with --{how.policy}"))
+
+    samples = getattr(settings, how.best_of) if how.best_of else 1
+    start, room = start_ids(policy.tokenizer), policy.max_length - settings.max_new_tokens
+    if room <= len(start):
+        fail(f"{name!r} reads {policy.max_length} tokens: no prompt fits beside --max_new_tokens")
+    encoded = encode_prompts(policy.tokenizer, prompts, template)
+    cut = sum(len(start) + len(ids) > room for ids in encoded)
+    if cut:
+        print(f"{method}: {cut} prompts are longer than {name!r} can read and lose their beginning")
+    encoded = [start + ids[-(room - len(start)) :] for ids in encoded]
+    rows = [
+        Row(prompt, ids, sample)
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        for sample in range(samples)
+    ]
+
+    guide = make_guide(how, policy, template, settings) if how.guide else None
+    with tqdm(total=len(prompts), desc=method, unit="prompt", disable=not is_main()) as progress:
+        for wave in waves(rows, samples, policy, guide, settings):
+            decode_wave(policy, wave, samples, settings, method, guide)
+            progress.update(len(wave) // samples)
+    return rows, policy.tokenizer
+
+
+def make_guide(
+    how: Method, policy: Policy, template: str, settings: Settings
+) -> RereadingGuide | CachedGuide:
+    reward_model = get_reward_model(how.guide, settings)
+    reserved = settings.max_new_tokens + 1
+    if can_cache(reward_model, policy.tokenizer):
+        return CachedGuide(reward_model, policy.eos_ids, template, reserved)
+    return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, reserved)
+
+
+def get_reward_model(role: str, settings: Settings) -> RewardModel:
+    """The reward model that the setting `role` names."""
+    name = getattr(settings, role) or settings.full_reward_model
+    device = PartialState().device
+    return cached_reward_model(
+        name,
+        choose_dtype(settings.dtype, device),
+        device,
+        choose_token_budget(settings, device),
+        MADE_BY.get(role, f"name another with --{role}"),
+    )
+
+
+# The guide and the evaluator at most: models are loaded when they are needed and let go again.
+cached_reward_model = lru_cache(maxsize=2)(load_reward_model)
+
+
+# Scoring and writing
+
+
+def pick_best(
+    rows: list[Row], samples: int, tokenizer: PreTrainedTokenizerBase, template: str, settings: Settings
+) -> list[Row]:
+    """Of each prompt's samples the one that the full reward model likes best, the first of equals."""
+    reward_model = get_reward_model("full_reward_model", settings)
+    prompts = [row.prompt for row in rows]
+    written = [finished_response(row, reward_model, tokenizer) for row in rows]
+    rewards = score_pairs(
+        reward_model,
+        encode_prompts(reward_model.tokenizer, prompts, template),
+        encode_written(reward_model, prompts, written),
+        reserved=settings.max_new_tokens + 1,
+    )
+    best = rewards.view(-1, samples).argmax(1).tolist()
+    return [rows[group * samples + sample] for group, sample in enumerate(best)]
+
+
+def finished_response(row: Row, reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> Written:
+    """What is delivered counts as finished, whatever ended it."""
+    ids = row.ids if reward_model.shares_ids_with(tokenizer) else None
+    return Written(decode_texts(tokenizer, [row.ids])[0], True, ids)
+
+
+def evaluate(
+    reward_model: RewardModel, prompts: list[str], written: list[Written], template: str, reserved: int
+) -> list[float]:
+    """Rewards of finished responses to 4 decimals, one at a time so that none depends on its batch."""
+    prompt_ids = encode_prompts(reward_model.tokenizer, prompts, template)
+    response_ids = encode_written(reward_model, prompts, written)
+    rewards = [
+        score_pairs(reward_model, [prompt], [response], reserved).item()
+        for prompt, response in zip(prompt_ids, response_ids, strict=True)
+    ]
+    return [round(reward, 4) for reward in rewards]
+
+
+def run_method(method: str, prompts: list[str], template: str, settings: Settings) -> list[dict]:
+    """Decode and score one method; every process does its share and all get the whole, in order."""
+    state = PartialState()
+    mine = list(range(len(prompts)))[state.process_index :: state.num_processes]
+    rows, tokenizer = decode_method(method, [prompts[at] for at in mine], template, settings)
+
+    if METHODS[method].best_of:
+        rows = pick_best(rows, settings.best_of, tokenizer, template, settings)
+    reward_model = get_reward_model("evaluation_reward_model", settings)
+    written = [finished_response(row, reward_model, tokenizer) for row in rows]
+    rewards = evaluate(
+        reward_model, [row.prompt for row in rows], written, template, settings.max_new_tokens + 1
+    )
+
+    results = [
+        {
+            "prompt": row.prompt,
+            "result": response.text,
+            "reward": reward,
+            "num_tokens": len(row.ids),
+            "finish_reason": row.finish_reason,
+            "steps": row.steps,
+        }
+        for row, response, reward in zip(rows, written, rewards, strict=True)
+    ]
+    gathered = dict(gather_object(list(zip(mine, results, strict=True))))
+    return [gathered[at] for at in range(len(prompts))]
+
+
+def score_references(
+    prompts: list[str], references: list[str | None], template: str, settings: Settings
+) -> list[float | None]:
+    """Rewards of the human references, None where there is none."""
+    given = [at for at, reference in enumerate(references) if reference is not None]
+    rewards = evaluate(
+        get_reward_model("evaluation_reward_model", settings),
+        [prompts[at] for at in given],
+        [Written(references[at], True) for at in given],
+        template,
+        settings.max_new_tokens + 1,
+    )
+    scored = dict(zip(given, rewards, strict=True))
+    return [scored.get(at) for at in range(len(references))]
+
+
+def file_stem(method: str) -> str:
+    return method.lower().replace("-", "_")
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write beside `path`, then rename: a file is there whole or not at all."""
+    beside = Path(f".{path}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        fail(f"cannot write {path!r}: {error}")
+
+
+def save_method(method: str, results: list[dict], traced: bool) -> None:
+    stem = file_stem(method)
+    rows = [{key: value for key, value in result.items() if key != "steps"} for result in results]
+    write_whole(f"generation_{stem}.json", json.dumps(rows, indent=1, ensure_ascii=False))
+
+    if traced:
+        lines = (
+            json.dumps({"prompt": r["prompt"], "steps": r["steps"]}, ensure_ascii=False) for r in results
+        )
+        write_whole(f"trace_{stem}.jsonl", "".join(line + "\n" for line in lines))
+
+
+def collect_rewards(prompts: list[str], references: list[float | None]) -> pd.DataFrame:
+    """One row a prompt; a column for each method whose file is here, and the references'."""
+    table = pd.DataFrame({"prompt": prompts})
+    for method in METHODS:
+        path = Path(f"generation_{file_stem(method)}.json")
+        if path.exists():
+            table[method] = [row["reward"] for row in json.loads(path.read_text(encoding="utf-8"))]
+    table["reference"] = references
+    return table
+
+
+def claim_directory(settings: Settings, overwrite: bool) -> None:
+    """Refuse to mix two experiments in one directory: the settings of the first are kept beside its files."""
+    free = ("methods", "trace", "token_budget", "cache_gb", "overwrite")
+    ours = {key: value for key, value in asdict(settings).items() if key not in free}
+    path = Path("decoding_settings.json")
+    files = [*Path().glob("generation_*.json"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
+
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    differing = [key for key in ours if theirs.get(key) != ours[key]]
+    if differing and overwrite:
+        for file in files:
+            file.unlink(missing_ok=True)
+    elif differing and any(file.exists() for file in files):
+        changes = ", ".join(f"{key} (was {theirs.get(key)!r}, is {ours[key]!r})" for key in differing)
+        fail(f"this directory holds results of other settings: {changes}; use another, or --overwrite")
+    write_whole(str(path), json.dumps(ours, indent=1, ensure_ascii=False))
+
+
+def is_main() -> bool:
+    return PartialState().is_main_process
+
+
+def main() -> None:
+    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
+    (settings,) = parser.parse_args_into_dataclasses()
+    check_settings(settings)
+    prompts, references, template = load_prompts(settings)
+    if is_main():
+        claim_directory(settings, settings.overwrite)
+
+    for method in settings.methods:
+        results = run_method(method, prompts, template, settings)
+        if is_main():
+            save_method(method, results, settings.trace and METHODS[method].guide is not None)
+
+    if is_main():
+        rewards = score_references(prompts, references, template, settings)
+        table = collect_rewards(prompts, rewards)
+        write_whole("baseline_results.csv", table.to_csv(index=False))
+
+        print(f"\nwrote {', '.join(f'generation_{file_stem(m)}.json' for m in settings.methods)}")
+        print(f"wrote baseline_results.csv: {len(prompts)} prompts, mean rewards")
+        print(table.drop(columns="prompt").mean().round(4).to_string())
+        print("next: python Evaluation/show_result.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Small real models and a small world of posts, made once per test session."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("DataProcess", "partial_reward_training", "DPO_training", "PARGS_decode", "Evaluation")
+sys.path[:0] = [str(ROOT / stage) for stage in STAGES]
+
+WHO = ["my sister", "my boss", "our neighbour", "my old friend", "the landlord", "my wife"]
+WHAT = [
+    "sold my bike",
+    "lost the keys",
+    "shouts all night",
+    "wants money back",
+    "moved to Köln",
+    "ate my café lunch",
+]
+ASK = ["what should I do?", "am I wrong?", "how do I say no?", "is that normal?"]
+
+
+def make_posts(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """(post, good summary, bad summary) triples."""
+    rng = random.Random(seed)
+    posts = []
+    for _ in range(count):
+        who, what, ask = rng.choice(WHO), rng.choice(WHAT), rng.choice(ASK)
+        detail = " ".join(rng.choice(WHO) + " " + rng.choice(WHAT) + "." for _ in range(rng.randint(1, 3)))
+        post = f"So {who} {what}. {detail} {ask.capitalize()}"
+        posts.append(
+            (post, f"{who} {what}, {ask}", f"{rng.choice(WHO)} {rng.choice(WHAT)} and so on and so on")
+        )
+    return posts
+
+
+def comparison(post: str | None, good: str, bad: str, choice: int) -> dict:
+    """A row in the schema of the hub's `comparisons`."""
+    texts = [bad, good] if choice else [good, bad]
+    return {
+        "info": {"id": "x", "post": post, "title": "t", "subreddit": "s", "site": None, "article": None},
+        "summaries": [{"text": text, "policy": "p", "note": None} for text in texts],
+        "choice": choice,
+        "worker": "w",
+        "batch": "b",
+        "split": "s",
+        "extra": {"confidence": None},
+    }
+
+
+def write_hub_data(directory: Path, train: list[dict], validation: list[dict], test: list[dict]) -> None:
+    """Lay out the two datasets under their hub names."""
+    folder = directory / "openai/summarize_from_feedback"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", train), ("validation", validation)):
+        Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: comparisons\n  data_files:\n  - split: train\n    path: train.parquet\n"
+        "  - split: validation\n    path: validation.parquet\n---\n"
+    )
+    folder = directory / "CarperAI/openai_summarize_tldr"
+    folder.mkdir(parents=True)
+    Dataset.from_list(test).to_parquet(folder / "test.parquet")
+
+
+def hub_rows(count: int, seed: int) -> list[dict]:
+    return [comparison(*post, choice=at % 2) for at, post in enumerate(make_posts(count, seed))]
+
+
+def hub_test_rows(count: int, seed: int) -> list[dict]:
+    return [
+        {"prompt": f"SUBREDDIT: r/x\nTITLE: t\nPOST: {post}\nTL;DR:", "label": good}
+        for post, good, _ in make_posts(count, seed)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    return [text for post in make_posts(300, 0) for text in post] + ["POST: \nTL;DR:"] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizers(corpus, tmp_path_factory) -> dict[str, PreTrainedTokenizerFast]:
+    """A byte-level BPE, a WordPiece and a unigram tokenizer; the two others have pair encodings."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>", "<sep>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    bpe = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", sep_token="<sep>", model_max_length=256
+    )
+
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+    )
+    wordpiece.train_from_iterator(corpus, trainer)
+    path = tmp_path_factory.mktemp("wordpiece")
+    wordpiece.model.save(str(path))
+    wordpiece = BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=256)
+
+    unigram = Tokenizer(models.Unigram())
+    unigram.normalizer = normalizers.NFKC()
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300,
+        special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"],
+        unk_token="[UNK]",
+        show_progress=False,
+    )
+    unigram.train_from_iterator(corpus, trainer)
+    unigram.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, unigram.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    unigram = PreTrainedTokenizerFast(
+        tokenizer_object=unigram,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=256,
+    )
+    return {"bpe": bpe, "wordpiece": wordpiece, "unigram": unigram}
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path) -> str:
+    model.eval().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny models with random weights, loud enough that candidates' scores differ."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    bpe = tokenizers["bpe"]
+    shape = {"vocab_size": len(bpe), "initializer_range": 0.3}
+    eos = {"bos_token_id": bpe.eos_token_id, "eos_token_id": bpe.eos_token_id}
+    gpt2 = {**shape, **eos, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    llama = {
+        **shape,
+        **eos,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": bpe.eos_token_id,
+    }
+    bert = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "num_labels": 1,
+    }
+    deberta = {
+        **bert,
+        "relative_attention": True,
+        "position_buckets": 32,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "pad_token_id": tokenizers["unigram"].pad_token_id,
+    }
+    return {
+        "gpt2": save(GPT2LMHeadModel(GPT2Config(**gpt2)), bpe, root / "gpt2"),
+        "llama": save(LlamaForCausalLM(LlamaConfig(**llama)), bpe, root / "llama"),
+        "bert": save(
+            BertForSequenceClassification(BertConfig(vocab_size=len(tokenizers["wordpiece"]), **bert)),
+            tokenizers["wordpiece"],
+            root / "bert",
+        ),
+        "deberta": save(
+            DebertaV2ForSequenceClassification(
+                DebertaV2Config(vocab_size=len(tokenizers["unigram"]), **deberta)
+            ),
+            tokenizers["unigram"],
+            root / "deberta",
+        ),
+        "gpt2-reward": save(
+            GPT2ForSequenceClassification(GPT2Config(**gpt2, num_labels=1, pad_token_id=bpe.eos_token_id)),
+            bpe,
+            root / "gpt2-reward",
+        ),
+        "llama-reward": save(
+            LlamaForSequenceClassification(LlamaConfig(**llama, num_labels=1)), bpe, root / "llama-reward"
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    return [f"POST: {post}\nTL;DR:" for post, _, _ in make_posts(7, 5)]
