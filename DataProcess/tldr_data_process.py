@@ -14,6 +14,8 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dataset_files import fail, save_dataset
 from datasets import Dataset, DatasetDict, load_dataset
@@ -39,19 +41,24 @@ class Settings:
     output: str = field(default="summarize_from_feedback", metadata={"help": "Folder to write."})
 
 
-def load_source(name: str, config: str | None = None) -> DatasetDict:
-    """Load a dataset, or the parquet copy that the hub keeps of one that only has a loading script."""
+def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
+    """Load a dataset, or the parquet copy that the hub keeps of one that only has a loading script.
+
+    A folder is read into `cache_dir`: the user's cache tells folders apart by their names alone, and would
+    give one run's rows to another, or the rows as they were before the files changed.
+    """
+    where = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
     try:
-        return load_dataset(name, config)
+        return load_dataset(name, config, **where)
     except (RuntimeError, ValueError) as error:
         # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
         if config is None:
             fail(f"cannot load {name!r}: {error}")
     except Exception as error:
-        fail(f"cannot load {name!r}: {error}")
+        fail(f"cannot load {name!r}: {error.__cause__ or error}")
 
     try:
-        return load_dataset(name, data_dir=config, revision="refs/convert/parquet")
+        return load_dataset(name, data_dir=config, revision="refs/convert/parquet", **where)
     except Exception as error:
         fail(
             f"cannot load {name!r}, neither its configuration {config!r} nor the parquet copy of it: {error}"
@@ -136,9 +143,12 @@ def keep_useful(rows: Dataset, split: str) -> tuple[Dataset, dict[str, int]]:
     return kept.remove_columns("dropped"), dict(counts)
 
 
-def process_splits(settings: Settings, template: str) -> tuple[DatasetDict, dict[str, dict[str, int]]]:
-    comparisons = load_source(settings.comparisons, settings.comparisons_config)
-    test_posts = load_source(settings.test_posts)
+def process_splits(
+    settings: Settings, template: str, cache_dir: str
+) -> tuple[DatasetDict, dict[str, dict[str, int]]]:
+    """The three splits, and how many rows of each were dropped for which reason."""
+    comparisons = load_source(settings.comparisons, settings.comparisons_config, cache_dir)
+    test_posts = load_source(settings.test_posts, None, cache_dir)
 
     for source, name, splits in (
         (comparisons, settings.comparisons, ("train", "validation")),
@@ -176,11 +186,12 @@ def main() -> None:
     if template.count("{post}") != 1:
         fail(f"--template must hold {{post}} exactly once, not {settings.template!r}")
 
-    try:
-        processed, dropped = process_splits(settings, template)
-    except ValueError as error:
-        fail(str(error))
-    save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)
+    with TemporaryDirectory() as cache_dir:
+        try:
+            processed, dropped = process_splits(settings, template, cache_dir)
+        except ValueError as error:
+            fail(str(error))
+        save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)
 
     print(f"\nwrote {settings.output}/")
     for split, rows in processed.items():

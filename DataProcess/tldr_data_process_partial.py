@@ -155,8 +155,9 @@ def prefix_texts(tokenizer: PreTrainedTokenizerBase, response: str, ids: list[in
         # A decoded unknown token would be spelt "[UNK]"; the policy writes the character itself.
         known = ids.index(tokenizer.unk_token_id)
         encoded = tokenizer(response, add_special_tokens=False, split_special_tokens=True)
-        offsets = encoded.encodings[0].offsets
-        prefixes[known:] = [response[: offsets[at][1]] for at in range(known, len(ids) - 1)]
+        if encoded["input_ids"] == ids:
+            ends = [end for _, end in encoded.encodings[0].offsets]
+            prefixes[known:] = [response[: ends[at]] for at in range(known, len(ids) - 1)]
 
     # Some decoders strip the space that the response begins with.
     space = " " if response.startswith(" ") else ""

@@ -317,14 +317,14 @@ def decode_wave(
         guide.begin([row.prompt for row in rows])
 
     chosen = None  # [batch], the tokens of the step before, not yet on the host
-    for step in range(settings.max_new_tokens + 1):
+    for step in range(settings.max_new_tokens):
         candidates, log_probs = top_candidates(logits, settings.k)
         fetched = candidates if chosen is None else torch.cat([candidates, chosen[:, None]], dim=1)
         fetched = fetched.tolist()
 
         if chosen is not None:
             kept = [at for at, row in enumerate(rows) if not append_token(policy, row, fetched[at].pop())]
-            if step == settings.max_new_tokens or not kept:
+            if not kept:
                 return
             if len(kept) < len(rows):
                 rows, fetched = [rows[at] for at in kept], [fetched[at] for at in kept]
@@ -354,6 +354,9 @@ def decode_wave(
             seen = mask.sum(1, keepdim=True)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = forward(policy, chosen.clamp(min=0)[:, None], mask, seen, past_key_values)
+
+    for row, token in zip(rows, chosen.tolist(), strict=True):
+        append_token(policy, row, token)
 
 
 def forward(

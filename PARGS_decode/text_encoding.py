@@ -16,9 +16,34 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     backend.no_padding()
     backend.encode_special_tokens = True
     try:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        for at, ids in enumerate(encoded):
+            if not special_ids.isdisjoint(ids):
+                encoded[at] = encode_cut(tokenizer, texts[at], special_ids)
+        return encoded
     finally:
         backend.encode_special_tokens = False
+
+
+def encode_cut(tokenizer: PreTrainedTokenizerBase, text: str, special_ids: set[int]) -> list[int]:
+    """Ids of a text in which a unigram model found a special token among its pieces (DeBERTa: `[SEP]`).
+
+    Each such word is cut after its first character, and the parts are encoded apart.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)  # full-width characters may spell one, too
+    words = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    parts = re.split(f"(?=(?:{words}))(.)", text, flags=re.DOTALL)
+
+    # Each cut leaves the text before it, the character itself, and the rest.
+    glued = parts[:1]
+    for character, rest in zip(parts[1::2], parts[2::2], strict=True):
+        glued[-1] += character
+        glued.append(rest)
+    encodings = backend.encode_batch_fast([part for part in glued if part], add_special_tokens=False)
+    return [token for encoding in encodings for token in encoding.ids if token not in special_ids]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], template: str) -> list[list[int]]:

@@ -1,0 +1,343 @@
+"""Stage 5: ask a chat model which of two methods summarises each post better.
+
+    python Evaluation/GPT4_eval_tldr.py generation_pargs.json generation_args.json
+
+Reads the generations of two methods, A and B, and matches them by prompt. Each pair is judged twice, once
+with A shown first and once with B; A wins where both verdicts prefer A, loses where both prefer B, and ties
+otherwise. Each verdict is appended to gpt-4-evaluations/A_vs_B.jsonl as it arrives, and a rerun asks only
+for what is missing; the result is written to gpt-4-evaluations/A_vs_B.json (A and B being the names of the
+two files).
+
+The key is read from OPENAI_API_KEY. With --base_url, any chat-completions server is the judge (vLLM,
+`transformers serve`) and the key is optional. --dry_run shows a request and the cost, and sends nothing.
+"""
+
+import asyncio
+import json
+import os
+import random
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import openai
+from command_line import HelpFormatter, fail
+from judge import RESPONSE_FORMAT, TEMPLATE, BadReply, Question, ask, messages_of
+from run_files import DECODE, prompt_keys, write_whole
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from verdict_summary import print_summary, summarise
+
+OPENAI_URL = "https://api.openai.com/v1"
+OUTPUT_DIR = Path("gpt-4-evaluations")
+REPLY_TOKENS = 80  # of a sentence and two numbers; only the estimate uses it
+
+Pair = tuple[str, str, str]  # prompt, summary of A, summary of B
+
+
+@dataclass
+class Settings:
+    model: str = field(
+        default="gpt-4o",
+        metadata={"help": "The judge. OpenAI has announced the end of gpt-4o for 2027-01-14."},
+    )
+    base_url: str = field(
+        default=OPENAI_URL, metadata={"help": "Where the judge is served, e.g. http://localhost:8000/v1."}
+    )
+    num_prompts: int = field(
+        default=100, metadata={"help": "Prompts to judge, drawn with the seed; 0 means all."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of the draw; a larger draw contains the smaller one."})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Of the judge; models that reason accept only their default, 1."}
+    )
+    max_tokens: int = field(
+        default=1024, metadata={"help": "Longest reply in tokens; a model that reasons needs more."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests under way at the same time."})
+    max_retries: int = field(
+        default=8,
+        metadata={"help": "How often a failed request, or a reply that is no verdict, is repeated."},
+    )
+    timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for a judge that is silent."})
+    allow_unjudged: bool = field(
+        default=False, metadata={"help": "Report without the pairs for which no usable verdict could be had."}
+    )
+    usd_per_million_input: float = field(
+        default=2.50, metadata={"help": "Price of a million tokens read: an assumption, check your judge's."}
+    )
+    usd_per_million_output: float = field(
+        default=10.00, metadata={"help": "Price of a million tokens written: an assumption too."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print one request and the estimated cost; send nothing."}
+    )
+
+
+def parse_command_line() -> tuple[Path, Path, Settings]:
+    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("file_a", type=Path, metavar="A.json", help="generations of method A")
+    parser.add_argument("file_b", type=Path, metavar="B.json", help="generations of method B")
+    settings, files, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+
+    smallest = {"num_prompts": 0, "max_retries": 0, "temperature": 0, "concurrency": 1, "max_tokens": 1}
+    for name, value in smallest.items():
+        if getattr(settings, name) < value:
+            fail(f"--{name} must be at least {value}")
+    if settings.timeout <= 0:
+        fail("--timeout must be more than 0")
+    if not settings.base_url.startswith(("http://", "https://")):
+        fail(f"--base_url must begin with http:// or https://, not {settings.base_url!r}")
+    settings.base_url = settings.base_url.rstrip("/")
+    return files.file_a, files.file_b, settings
+
+
+def read_generations(path: Path) -> dict[tuple[str, int], str]:
+    """Map each prompt, and which of its occurrences in the file it is, to its summary."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} does not exist; `{DECODE}` writes it")
+    except (OSError, ValueError) as error:
+        fail(f"{path} is not a readable JSON file: {error}")
+    if not isinstance(rows, list) or not rows:
+        fail(f"{path} is not a list of generations; `{DECODE}` writes one")
+
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("prompt", "result")
+        ):
+            fail(f"{path}, row {number}: expected an object with the texts `prompt` and `result`")
+    return dict(
+        zip(prompt_keys([row["prompt"] for row in rows]), [row["result"] for row in rows], strict=True)
+    )
+
+
+def match(file_a: Path, file_b: Path) -> list[Pair]:
+    """Pair the summaries by prompt, in the order of A."""
+    results_a, results_b = read_generations(file_a), read_generations(file_b)
+    only_a, only_b = results_a.keys() - results_b.keys(), results_b.keys() - results_a.keys()
+    if only_a or only_b:
+        fail(
+            f"{file_a} and {file_b} are not about the same prompts: {len(only_a)} are only in the first, "
+            f"{len(only_b)} only in the second, e.g. {min(only_a | only_b)[0][:80]!r}; "
+            f"generate both with the same --seed and --num_prompts"
+        )
+    return [(prompt, result, results_b[prompt, copy]) for (prompt, copy), result in results_a.items()]
+
+
+def draw(pairs: list[Pair], settings: Settings) -> list[Pair]:
+    """`num_prompts` of the pairs in their order; asking for more later keeps those judged before."""
+    shuffled = random.Random(settings.seed).sample(range(len(pairs)), len(pairs))
+    return [pairs[i] for i in sorted(shuffled[: settings.num_prompts or None])]
+
+
+def questions_about(pair: Pair, settings: Settings) -> list[Question]:
+    return [Question(*pair, order, settings.model, settings.temperature) for order in ("AB", "BA")]
+
+
+def read_verdicts(log: Path) -> dict[Question, dict]:
+    """All verdicts recorded so far, whatever they are about. What follows the last newline is unfinished."""
+    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    names = [f.name for f in fields(Question)]
+
+    verdicts = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            verdicts.setdefault(Question(**{name: record[name] for name in names}), record)
+        except (ValueError, KeyError, TypeError):
+            fail(f"{log}, line {number} is no verdict; delete the line, and its question is asked again")
+    return verdicts
+
+
+def drop_unfinished_line(log: Path) -> None:
+    """Cut what a run that was killed while writing left behind, so that the next verdict starts a line."""
+    data = log.read_bytes() if log.exists() else b""
+    finished = data.rfind(b"\n") + 1
+    if finished < len(data):
+        os.truncate(log, finished)
+        print(f"Dropped an unfinished last line of {log}")
+
+
+def shared_request(settings: Settings) -> dict:
+    """The part of a request that is the same for all questions."""
+    return {
+        "model": settings.model,
+        "temperature": settings.temperature,
+        "max_completion_tokens": settings.max_tokens,
+        "response_format": RESPONSE_FORMAT,
+    }
+
+
+def print_estimate(missing: list[Question], settings: Settings) -> None:
+    """Say what the missing verdicts will cost. The judge's tokenizer is not known: 4 characters a token."""
+    schema = len(json.dumps(RESPONSE_FORMAT))
+    characters = sum(schema + sum(len(m["content"]) for m in messages_of(question)) for question in missing)
+    tokens_in, tokens_out = characters // 4, len(missing) * REPLY_TOKENS
+    print(
+        f"Estimate: {tokens_in:,} tokens in (characters / 4), {tokens_out:,} out ({REPLY_TOKENS} a reply), "
+        f"{dollars(tokens_in, tokens_out, settings)}"
+    )
+
+
+def dollars(tokens_in: int, tokens_out: int, settings: Settings) -> str:
+    price_in, price_out = settings.usd_per_million_input, settings.usd_per_million_output
+    cost = (tokens_in * price_in + tokens_out * price_out) / 1e6
+    return f"${cost:.2f} (assuming ${price_in:.2f} per million tokens in and ${price_out:.2f} out)"
+
+
+def print_request(question: Question, settings: Settings) -> None:
+    request = shared_request(settings) | {"messages": messages_of(question)}
+    print(f"\nPOST {settings.base_url}/chat/completions")
+    print(json.dumps(request, indent=2, ensure_ascii=False))
+    print("\nDry run: nothing was sent.")
+
+
+def read_key(settings: Settings) -> str:
+    """The key, or "" for a judge of one's own that asks for none."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key and settings.base_url == OPENAI_URL:
+        fail("OPENAI_API_KEY is not set, nothing was sent; export your key, or name a judge with --base_url")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        fail("OPENAI_API_KEY holds characters that no key has, nothing was sent")
+    return key
+
+
+async def judge_all(
+    missing: list[Question], total: int, log: Path, key: str, settings: Settings
+) -> tuple[str | None, list[str]]:
+    """Ask the missing questions, `concurrency` at a time, and append each verdict to `log` as it arrives.
+
+    Returns why the run had to stop early, if it had to, and the questions to which no reply was a verdict.
+    Such a question does not keep the others from being asked. A judge that cannot be asked does: the
+    requests under way are still waited for and recorded, no new one is sent.
+    """
+    waiting = deque(missing)
+    stopped: list[str] = []
+    unjudged: list[str] = []
+    request = shared_request(settings)
+
+    async def worker() -> None:
+        while waiting:
+            question = waiting.popleft()
+            try:
+                verdict = await ask(client, request, question, settings.max_retries)
+            except openai.APIError as error:
+                waiting.clear()
+                stopped.append(explain(error, key, settings))
+            except BadReply as error:
+                unjudged.append(f"{question.prompt[:60]!r} in the order {question.order}: the reply {error}")
+            else:
+                file.write(json.dumps(asdict(question) | verdict) + "\n")
+                file.flush()
+                progress.update()
+
+    client = openai.AsyncOpenAI(
+        api_key=key or "none",
+        base_url=settings.base_url,
+        timeout=settings.timeout,
+        max_retries=settings.max_retries,
+    )
+    progress = tqdm(total=total, initial=total - len(missing), desc="judging", unit="verdict")
+    with progress, log.open("a", encoding="utf-8") as file:
+        async with client:
+            await asyncio.gather(*(worker() for _ in range(settings.concurrency)))
+    return (stopped[0] if stopped else None), unjudged
+
+
+def explain(error: openai.APIError, key: str, settings: Settings) -> str:
+    """One line on why the judge cannot be asked, in which the key never appears."""
+    url = settings.base_url
+    if isinstance(error, openai.AuthenticationError):
+        # The server's own words are left out: they may repeat the key.
+        return f"{url} does not accept the key in OPENAI_API_KEY" if key else f"{url} needs OPENAI_API_KEY"
+
+    if isinstance(error, openai.APIStatusError):
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        message = f"{url} answers with status {error.status_code}: {said or error.message}"
+        if wait := error.response.headers.get("retry-after"):
+            message += f" (Retry-After: {wait})"
+    else:
+        message = f"no reply from {url}: {error} {error.__cause__ or ''}"
+    if key:
+        message = message.replace(key, "[key]")
+    return " ".join(message.split())[:500]
+
+
+def get_verdicts(missing: list[Question], total: int, log: Path, settings: Settings) -> str | None:
+    """Have the missing verdicts written to `log`. Returns what went wrong, in a line, or None."""
+    key = read_key(settings)
+    try:
+        OUTPUT_DIR.mkdir(exist_ok=True)
+        drop_unfinished_line(log)
+        stopped, unjudged = asyncio.run(judge_all(missing, total, log, key, settings))
+    except OSError as error:
+        fail(f"cannot write {log}: {error}")
+    except KeyboardInterrupt:
+        return "interrupted"
+
+    if stopped or not unjudged:
+        return stopped
+    problem = f"{len(unjudged)} questions have no verdict, one is {unjudged[0]}"
+    if settings.allow_unjudged:
+        print(problem)
+        return None
+    return f"{problem} (--allow_unjudged reports without them)"
+
+
+def report(pairs: list[Pair], verdicts: dict[Question, dict], about: dict, settings: Settings) -> dict:
+    """Print and return the summary of the pairs that have both verdicts; it names the others."""
+    judged, unjudged = [], []
+    for pair in pairs:
+        ab, ba = (verdicts.get(question) for question in questions_about(pair, settings))
+        if ab and ba:
+            judged.append((pair[0], ab, ba))
+        else:
+            unjudged.append(pair[0])
+    if not judged:
+        fail("no pair has both verdicts: there is nothing to report")
+
+    summary = about | summarise(judged) | {"unjudged": unjudged}
+    print_summary(summary)
+    tokens = summary["input_tokens"], summary["output_tokens"]
+    print(f"These verdicts took {tokens[0]:,} tokens in and {tokens[1]:,} out, {dollars(*tokens, settings)}")
+    return summary
+
+
+def main() -> None:
+    file_a, file_b, settings = parse_command_line()
+    log = OUTPUT_DIR / f"{file_a.stem}_vs_{file_b.stem}.jsonl"
+
+    pairs = draw(match(file_a, file_b), settings)
+    questions = {question: None for pair in pairs for question in questions_about(pair, settings)}
+    verdicts = read_verdicts(log)
+    missing = [question for question in questions if question not in verdicts]
+
+    print(f"{len(pairs)} pairs in both orders: {len(missing)} of {len(questions)} verdicts are missing")
+    if others := len(verdicts.keys() - questions.keys()):
+        print(f"{log} also holds {others} verdicts on other texts, models or wordings; they are not counted")
+    print_estimate(missing, settings)
+    if settings.dry_run:
+        print_request(missing[0] if missing else next(iter(questions)), settings)
+        return
+
+    problem = get_verdicts(missing, len(questions), log, settings) if missing else None
+    verdicts = read_verdicts(log)
+    if problem:
+        done = sum(question in verdicts for question in questions)
+        fail(f"{problem}; {done} of {len(questions)} verdicts are in {log}, rerun the command for the rest")
+
+    about = {"file_a": str(file_a), "file_b": str(file_b), "model": settings.model, "template": TEMPLATE}
+    about |= {"temperature": settings.temperature, "seed": settings.seed}
+    summary = report(pairs, verdicts, about, settings)
+
+    result = log.with_suffix(".json")
+    write_whole(result, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
+    print(f"Wrote {result}; every verdict, with its reason, is in {log}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"use strict";
+// Everything that comes from data enters the page as text (textContent), never as markup.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const find = (id) => document.getElementById(id);
+const number = (value, digits = 2) => (value === null ? "–" : value.toFixed(digits));
+
+function add(parent, tag, className = "", text = "") {
+  const child = document.createElement(tag);
+  if (className) child.className = className;
+  if (text) child.textContent = text;
+  parent.append(child);
+  return child;
+}
+
+function addRow(table, cells, tag = "td") {
+  const row = add(table, "tr");
+  for (const cell of cells) add(row, tag, "", cell);
+  return row;
+}
+
+function showOverview() {
+  find("subtitle").textContent = `${data.prompts.length} prompts, ${data.methods.join(", ")} · ${data.run}`;
+  if (Object.keys(data.traces).length) {
+    add(find("subtitle"), "div", "", "Point at an underlined token to see the candidates it was chosen from.");
+  }
+  if (data.table) {
+    addRow(find("results"), data.table.columns, "th");
+    for (const row of data.table.rows) addRow(find("results"), row);
+  }
+  for (const note of data.notes) add(find("notes"), "li", "", note);
+  for (const figure of data.figures) {
+    const image = add(find("figures"), "img");
+    image.src = figure.source;
+    image.alt = image.title = figure.name;
+  }
+}
+
+// Prompts ------------------------------------------------------------------------------------------------
+
+const known = data.prompts.flatMap((prompt) => prompt.rewards.filter((reward) => reward !== null));
+const lowest = known.reduce((a, b) => Math.min(a, b), Infinity);
+const highest = known.reduce((a, b) => Math.max(a, b), -Infinity);
+
+function showResponse(parent, prompt, at, column) {
+  const isReference = data.methods[column] === data.reference;
+  const reward = prompt.rewards[column];
+  const card = add(parent, "section", isReference ? "response reference" : "response");
+  card.dataset.method = data.methods[column];
+  if (!isReference && reward !== null && reward === prompt.best) card.classList.add("best");
+
+  const head = add(card, "div", "response-head");
+  add(head, "h2", "", data.methods[column]);
+  const chip = add(head, "span", "reward", number(reward, 3));
+  if (reward !== null && highest > lowest) {
+    chip.style.setProperty("--share", `${(100 * (reward - lowest)) / (highest - lowest)}%`);
+  }
+
+  const response = prompt.responses[column];
+  const steps = (data.traces[data.methods[column]] || [])[at];
+  const text = add(card, "div", "text");
+  if (steps) showTokens(text, card, response, steps, column, at);
+  else if (response === null) add(text, "span", "dim", isReference ? "no reference" : "no response");
+  else text.textContent = response.trim();
+  if (prompt.feet[column]) add(card, "div", "foot dim", prompt.feet[column]);
+}
+
+function showTokens(text, card, response, steps, column, at) {
+  const tokens = steps.map((step) => step.tokens[step.chosen]);
+  // A character of several tokens, or a tokenizer that strips spaces: show the response itself as well.
+  if (response !== null && !tokens.join("").startsWith(response)) {
+    text.textContent = response.trim();
+    text = add(card, "div", "text foot dim");
+  }
+  tokens.forEach((token, step) => {
+    const shown = step === 0 ? token.trimStart() : token;
+    const span = add(text, "span", "token", shown || "␣");
+    Object.assign(span.dataset, { column, at, step });
+  });
+}
+
+function showPrompt(prompt, at) {
+  const article = document.createElement("article");
+  article.dataset.prompt = at;
+  const left = add(article, "div");
+  const head = add(left, "div", "post-head");
+  add(head, "h2", "", `#${at + 1}`);
+  const key = add(head, "span", "dim");
+  add(left, "div", "post", prompt.prompt);
+
+  prompt.best = prompt.rewards.reduce(
+    (best, reward, column) =>
+      data.methods[column] !== data.reference && reward !== null && (best === null || reward > best) ? reward : best,
+    null,
+  );
+  const responses = add(article, "div", "responses");
+  data.methods.forEach((_, column) => showResponse(responses, prompt, at, column));
+  const words = [prompt.prompt, ...prompt.responses].join("\n").toLowerCase();
+  return { article, key, prompt, words, at };
+}
+
+// Sorting, searching, choosing methods --------------------------------------------------------------------
+
+const cards = data.prompts.map(showPrompt);
+const hidden = new Set();
+let descending = true;
+
+function sortValue(card) {
+  const first = find("sort").value;
+  const second = find("minus").value;
+  if (first === "") return -card.at; // the order of the test prompts
+  const reward = card.prompt.rewards[first];
+  if (second === "" || reward === null) return reward;
+  const other = card.prompt.rewards[second];
+  return other === null ? null : reward - other;
+}
+
+function update() {
+  const terms = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const byOrder = find("sort").value === "";
+  const sign = descending ? -1 : 1;
+  const valued = cards.map((card) => ({ card, value: sortValue(card) }));
+  // Prompts without a value stay at the end, whichever way the others go.
+  valued.sort((a, b) =>
+    a.value === null || b.value === null
+      ? (a.value === null) - (b.value === null) || a.card.at - b.card.at
+      : sign * (a.value - b.value) || a.card.at - b.card.at,
+  );
+
+  let shown = 0;
+  for (const { card, value } of valued) {
+    card.article.hidden = !terms.every((term) => card.words.includes(term));
+    shown += !card.article.hidden;
+    card.key.textContent = byOrder ? "" : find("minus").value === "" ? number(value, 3) : `gap ${number(value, 3)}`;
+  }
+  find("prompts").replaceChildren(...valued.map(({ card }) => card.article));
+  find("minus").disabled = byOrder;
+  find("direction").textContent = byOrder ? (descending ? "↓ first to last" : "↑ last to first") :
+    descending ? "↓ high to low" : "↑ low to high";
+  find("count").textContent = `${shown} of ${cards.length} prompts`;
+}
+
+function toggleMethod(method, button) {
+  if (!hidden.delete(method)) hidden.add(method);
+  button.setAttribute("aria-pressed", String(!hidden.has(method)));
+  for (const card of document.querySelectorAll(".response")) card.hidden = hidden.has(card.dataset.method);
+}
+
+function setUpToolbar() {
+  add(find("sort"), "option", "", "prompt order").value = "";
+  add(find("minus"), "option", "", "nothing").value = "";
+  data.methods.forEach((method, column) => {
+    add(find("sort"), "option", "", `reward of ${method}`).value = column;
+    add(find("minus"), "option", "", method).value = column;
+    const button = add(find("methods"), "button", "", method);
+    button.setAttribute("aria-pressed", "true");
+    button.addEventListener("click", () => toggleMethod(method, button));
+  });
+  find("search").addEventListener("input", update);
+  for (const id of ["sort", "minus"]) find(id).addEventListener("change", update);
+  find("direction").addEventListener("click", () => {
+    descending = !descending;
+    update();
+  });
+}
+
+// The candidates of a token -------------------------------------------------------------------------------
+
+function showCandidates(span) {
+  const { column, at, step } = span.dataset;
+  const { tokens, log_probs, rewards, chosen } = data.traces[data.methods[column]][at][step];
+  const box = find("candidates");
+  box.replaceChildren();
+  const table = add(box, "table");
+  addRow(table, ["candidate", "log p", "reward"], "th");
+  tokens.forEach((token, candidate) => {
+    const visible = token.replaceAll(" ", "␣").replaceAll("\n", "↵");
+    const row = addRow(table, [visible, number(log_probs[candidate]), number(rewards[candidate])]);
+    if (candidate === chosen) row.className = "chosen";
+  });
+
+  box.hidden = false;
+  const token = span.getBoundingClientRect();
+  const below = token.bottom + 6 + box.offsetHeight <= innerHeight;
+  box.style.top = `${Math.max(4, below ? token.bottom + 6 : token.top - 6 - box.offsetHeight)}px`;
+  box.style.left = `${Math.max(4, Math.min(token.left, innerWidth - box.offsetWidth - 12))}px`;
+}
+
+document.addEventListener("mouseover", (event) => {
+  if (event.target.classList.contains("token")) showCandidates(event.target);
+  else find("candidates").hidden = true;
+});
+document.addEventListener("scroll", () => (find("candidates").hidden = true), true);
+
+showOverview();
+setUpToolbar();
+update();

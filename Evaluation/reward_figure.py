@@ -1,0 +1,72 @@
+"""The figure of the average reward: means with their intervals, and the prompts behind them."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from statistics_table import per_prompt
+
+COLOURS = {
+    "ARGS": "#9a6fb0",
+    "PARGS-G": "#3f8fd2",
+    "PARGS": "#1f5fa8",
+    "BESTN": "#d98b2b",
+    "TOP-K": "#b0a03a",
+}
+OTHERS = {"DPO": "#3a9d78", "PPO": "#c8553d"}
+GREY = "#777777"  # the reference, and methods of one's own
+
+
+def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
+    """Left: every prompt's reward, with mean and interval. Right: the paired differences to the baseline.
+
+    `rewards` is indexed by (run, prompt, copy), `summary` comes from `statistics_table.summarise`.
+    """
+    baseline = summary["baseline"].iloc[0]
+    figure = Figure(figsize=(10, 1.5 + 0.5 * len(summary)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    jitter = np.random.default_rng(0)
+
+    for at, (method, row) in enumerate(summary.iterrows()):
+        colour = (COLOURS | OTHERS).get(method, GREY)
+        points = per_prompt(rewards[method])
+        heights = at + jitter.uniform(-0.28, 0.28, len(points))
+        left.scatter(points, heights, s=11, color=colour, alpha=0.28, linewidths=0)
+        draw_mean(left, row["mean"], row["interval_low"], row["interval_high"], at, colour)
+
+        if row["runs"] > 1:
+            means = rewards[method].dropna().groupby(level="run").mean()
+            left.scatter(means, np.full(len(means), at + 0.38), s=22, marker="^", color=colour, linewidths=0)
+        if method != baseline:
+            draw_mean(right, row["difference"], row["difference_low"], row["difference_high"], at, colour)
+
+    left.set_yticks(range(len(summary)), [f"{name}  (n={n:.0f})" for name, n in summary["n"].items()])
+    left.set_ylim(len(summary) - 0.45, -0.55)  # the first method on top
+    label_axes(left, "Average reward", "reward of the response")
+    label_axes(right, f"Difference to {baseline}", f"reward minus {baseline}'s, same prompts")
+    right.axvline(0, color="#444444", linewidth=1, zorder=1)
+
+    legend = "● mean with 95% bootstrap interval      pale dots: one prompt each"
+    legend += "      ▲ mean of one run" if (summary["runs"] > 1).any() else ""
+    figure.supxlabel(legend, fontsize=8.5, color="#555555")
+    return figure
+
+
+def draw_mean(axes: Axes, mean: float, low: float, high: float, at: int, colour: str) -> None:
+    """A dot and its interval, edged in white so that it stands out from the points behind it."""
+    if np.isfinite([low, high]).all():
+        axes.plot([low, high], [at, at], color="white", linewidth=5, solid_capstyle="round", zorder=3)
+        axes.plot([low, high], [at, at], color=colour, linewidth=2.6, solid_capstyle="round", zorder=4)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
+    axes.plot([mean], [at], "o", color=colour, markersize=8, zorder=5, **edge)
+
+
+def label_axes(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,98 @@
+"""The statistics of the reward table, and the table as people read it."""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+def per_prompt(values: pd.Series) -> pd.Series:
+    """Average a (run, prompt, copy) series over its runs; missing values are left out.
+
+    Prompts, not rows, are the sample: the same prompt decoded with three seeds is not three independent
+    observations (a greedy method would repeat itself and look three times as certain).
+    """
+    return values.dropna().groupby(level=["prompt", "copy"], sort=False).mean()
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, 10_000_000 // len(values)),  # at most 80 MB at a time
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def summarise_method(rewards: pd.Series, resamples: int, seed: int) -> dict[str, float]:
+    """n, mean, standard error (sample standard deviation / sqrt n), interval, and the spread of the runs."""
+    prompts = per_prompt(rewards)
+    low, high = bootstrap_interval(prompts.to_numpy(), resamples, seed)
+    run_means = rewards.dropna().groupby(level="run").mean()
+    return {
+        "n": len(prompts),
+        "runs": len(run_means),
+        "mean": prompts.mean(),
+        "standard_error": prompts.sem(),
+        "interval_low": low,
+        "interval_high": high,
+        "run_std": run_means.std(ddof=1),
+    }
+
+
+def compare_methods(rewards: pd.Series, baseline: pd.Series, resamples: int, seed: int) -> dict[str, float]:
+    """Mean difference over the rows that both have, its interval, and the win rate (a tie is half a win)."""
+    difference = (rewards - baseline).dropna()
+    prompts = per_prompt(difference)
+    low, high = bootstrap_interval(prompts.to_numpy(), resamples, seed)
+    wins = (difference > 0) + 0.5 * (difference == 0)
+    return {
+        "difference": prompts.mean(),
+        "difference_low": low,
+        "difference_high": high,
+        "win_rate": per_prompt(wins).mean(),
+    }
+
+
+def summarise(rewards: pd.DataFrame, baseline: str, resamples: int, seed: int) -> pd.DataFrame:
+    """One row of statistics per column of `rewards` (index: run, prompt, copy)."""
+    rows = {}
+    for method in rewards:
+        rows[method] = summarise_method(rewards[method], resamples, seed)
+        if method != baseline:
+            rows[method] |= compare_methods(rewards[method], rewards[baseline], resamples, seed)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """The table of `summarise` with one cell per idea; a column that nobody has a value for is left out."""
+    baseline = summary["baseline"].iloc[0]
+    shown = pd.DataFrame({"Method": summary.index}, index=summary.index)
+
+    def show(column: str, template: str, *fields: str) -> None:
+        values = summary.reindex(columns=fields)
+        if values[fields[0]].notna().any():
+            shown[column] = [
+                "–" if pd.isna(row[0]) else template.format(*row).replace("nan", "–")
+                for row in values.itertuples(index=False)
+            ]
+
+    show("n", "{:.0f}", "n")
+    if (summary["runs"] > 1).any():
+        show("Runs", "{:.0f}", "runs")
+    show("Reward", "{:.3f} ± {:.3f}", "mean", "standard_error")
+    show("95% interval", "[{:.3f}, {:.3f}]", "interval_low", "interval_high")
+    show("SD of runs", "{:.3f}", "run_std")
+    show(f"vs {baseline}", "{:+.3f} [{:+.3f}, {:+.3f}]", "difference", "difference_low", "difference_high")
+    show("Wins", "{:.0%}", "win_rate")
+    show("Tokens", "{:.1f}", "mean_tokens")
+    show("Distinct-1/2", "{:.2f} / {:.2f}", "distinct_1", "distinct_2")
+    show("ROUGE-L", "{:.3f}", "rouge_l")
+    show("log p / token", "{:.2f}", "log_likelihood_per_token")
+    show("KL", "{:.1f}", "sampled_kl")
+    return shown

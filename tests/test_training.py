@@ -1,0 +1,355 @@
+"""Stages 2 and 3: the Bradley-Terry loss, one pass over all prefixes, evaluation by quarter, DPO's inputs."""
+
+import json
+import sys
+
+import GPT2_large_DPO_tldr
+import pytest
+import tldr_data_process_partial
+import tldr_partial_reward_model
+import torch
+import training_setup
+from conftest import make_posts
+from datasets import Dataset, DatasetDict, load_from_disk
+from peft import PeftModel
+from prefix_entries import EntryCollator, PairCollator, expand_entries, quarter_of, sample_by_quarter
+from tldr_partial_reward_model import Settings, make_trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+QUIET = ("--report_to", "none", "--save_strategy", "no", "--gradient_checkpointing", "False")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def write_pairs(count: int = 12) -> None:
+    rows = [
+        {"prompt": f"POST: {post}\nTL;DR:", "chosen": f" {good}", "rejected": f" {bad}"}
+        for post, good, bad in make_posts(count, 3)
+    ]
+    splits = {"train": rows, "validation": rows[: count // 2]}
+    DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(
+        "summarize_from_feedback"
+    )
+    with open("summarize_from_feedback/processing.json", "w") as file:
+        json.dump({"template": "POST: {post}\nTL;DR:"}, file)
+
+
+def run_main(module, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    module.main()
+
+
+def make_prefix_data(monkeypatch, reward_model: str, count: int = 12) -> None:
+    write_pairs(count)
+    run_main(tldr_data_process_partial, monkeypatch, "--reward_model", reward_model, "--num_comparisons", "0")
+
+
+def trainer_for(model: str, **changes):
+    settings = Settings(
+        model_name_or_path=model,
+        report_to="none",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        **changes,
+    )
+    return make_trainer(settings)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("reward_name", ["bert", "deberta"])
+def test_bradley_terry_loss_by_hand(here, monkeypatch, small_models, reward_name):
+    """-log sigmoid of the reward difference, averaged over the entries of a batch."""
+    make_prefix_data(monkeypatch, small_models[reward_name])
+    trainer = trainer_for(small_models[reward_name])
+    examples = [trainer.train_dataset[at] for at in (0, 3, 17, 40)]
+    batch = trainer.data_collator(examples)
+    assert batch["input_ids"].shape[0] == 8
+
+    by_hand = []
+    model = AutoModelForSequenceClassification.from_pretrained(small_models[reward_name]).eval()
+    for example in examples:
+        rewards = {}
+        for side in ("chosen", "rejected"):
+            inputs = {"input_ids": torch.tensor([example[f"{side}_input_ids"]])}
+            if reward_name == "bert":
+                inputs["token_type_ids"] = torch.tensor([example[f"{side}_token_type_ids"]])
+            rewards[side] = model(**inputs).logits[0, 0]
+        by_hand.append(torch.log1p(torch.exp(-(rewards["chosen"] - rewards["rejected"]))))
+
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reward_name", ["gpt2-reward", "llama-reward"])
+def test_one_pass_over_all_prefixes_is_the_average_over_entries(here, monkeypatch, small_models, reward_name):
+    """Loss and gradients of whole comparisons equal those of their entries, each read by itself."""
+    make_prefix_data(monkeypatch, small_models[reward_name])
+    trainer = trainer_for(small_models[reward_name])
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[at] for at in range(4)])
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+
+    model = AutoModelForSequenceClassification.from_pretrained(small_models[reward_name]).eval()
+    base = getattr(model, model.base_model_prefix)
+    folder = "summarize_from_feedback_partial"
+    how = json.loads((here / folder / "processing.json").read_text())
+    pairs = load_from_disk(f"{folder}/pairs")["train"]
+    rows = load_from_disk(folder)["train"].filter(lambda pair: pair < 4, input_columns="pair")
+    entries = expand_entries(rows[:], pairs, how["frame"])
+    losses = []
+    for at in range(len(rows)):
+        chosen, rejected = (
+            model.score(base(torch.tensor([entries[f"{side}_input_ids"][at]])).last_hidden_state[0, -1])
+            for side in ("chosen", "rejected")
+        )
+        losses.append(-torch.nn.functional.logsigmoid(chosen - rejected))
+    average = torch.stack(losses).mean()
+    average.backward()
+
+    assert len(losses) > 40
+    torch.testing.assert_close(loss, average, rtol=1e-4, atol=1e-5)
+    gradients = dict(model.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        expected = gradients[name].grad
+        torch.testing.assert_close(
+            parameter.grad, expected, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m
+        )
+
+
+def test_batches_are_padded_on_the_right_with_masks(here, monkeypatch, small_models):
+    make_prefix_data(monkeypatch, small_models["bert"])
+    trainer = trainer_for(small_models["bert"])
+    examples = [trainer.train_dataset[at] for at in range(5)]
+    batch = EntryCollator(trainer.processing_class, segment_ids=True)(examples)
+    rows = [example[f"{side}_input_ids"] for side in ("chosen", "rejected") for example in examples]
+    for row, ids, mask, segments in zip(
+        rows, batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], strict=True
+    ):
+        assert ids[: len(row)].tolist() == row and mask.sum() == len(row) and mask[: len(row)].all()
+        assert (ids[len(row) :] == trainer.processing_class.pad_token_id).all()
+        assert segments[: len(row)].sum() > 0
+    assert "token_type_ids" not in EntryCollator(trainer.processing_class, segment_ids=False)(examples)
+
+
+def test_read_out_positions_of_whole_comparisons():
+    collate = PairCollator(pad_token_id=0, start=[9])
+    batch = collate(
+        [
+            {"prompt_ids": [5, 6], "chosen_ids": [1, 2], "rejected_ids": [1, 2, 3, 4], "lengths": [1, 2, 3]},
+            {"prompt_ids": [5], "chosen_ids": [1], "rejected_ids": [7], "lengths": [1]},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [
+        [9, 5, 6, 1, 2, 0],
+        [9, 5, 1, 0, 0, 0],
+        [9, 5, 6, 1, 2, 3],  # the fourth token is in no entry
+        [9, 5, 7, 0, 0, 0],
+    ]
+    assert batch["read_out"].tolist() == [[3, 4, 4], [2, -1, -1], [3, 4, 5], [2, -1, -1]]
+    assert batch["quarters"].tolist() == [0, 1, 2, 3]
+
+
+# Evaluation by quarter
+
+
+def test_quarters_of_a_response():
+    assert [quarter_of(length, 8) for length in range(1, 9)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [quarter_of(length, 3) for length in (1, 2, 3)] == [1, 2, 3]
+    assert quarter_of(1, 1) == 3
+
+
+def test_evaluation_entries_are_stratified(here, monkeypatch, small_models):
+    make_prefix_data(monkeypatch, small_models["bert"], count=30)
+    entries = load_from_disk("summarize_from_feedback_partial")["train"]
+    pairs = load_from_disk("summarize_from_feedback_partial/pairs")["train"]
+    chosen = sample_by_quarter(entries, pairs, num_comparisons=8, num_entries=40, seed=0)
+    longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
+    quarters = [quarter_of(row["length"], longest[row["pair"]]) for row in chosen]
+    assert [quarters.count(quarter) for quarter in range(4)] == [10] * 4
+    assert len(set(chosen["pair"])) <= 8
+    assert len({(row["pair"], row["length"]) for row in chosen}) == 40
+
+
+@pytest.mark.parametrize("reward_name", ["bert", "gpt2-reward"])
+def test_reported_accuracy_is_that_of_the_entries(here, monkeypatch, small_models, reward_name):
+    make_prefix_data(monkeypatch, small_models[reward_name])
+    trainer = trainer_for(small_models[reward_name], eval_entries=24, per_device_eval_batch_size=5)
+    metrics = trainer.evaluate()
+
+    correct = {quarter: [] for quarter in range(4)}
+    trainer.model.eval()
+    for at in range(len(trainer.eval_dataset)):
+        batch = trainer.data_collator([trainer.eval_dataset[at]])
+        quarters = batch["quarters"].tolist()
+        with torch.no_grad():
+            _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        for quarter, right in zip(quarters, (chosen > rejected).tolist(), strict=True):
+            correct[quarter].append(right)
+
+    everything = [right for rights in correct.values() for right in rights]
+    assert metrics["eval_accuracy"] == pytest.approx(sum(everything) / len(everything))
+    for quarter, rights in correct.items():
+        assert metrics[f"eval_accuracy_quarter_{quarter + 1}"] == pytest.approx(sum(rights) / len(rights))
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("reward_name", ["deberta", "gpt2-reward"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_partial_reward_model_learns_and_is_saved_whole(
+    here, monkeypatch, small_models, capsys, reward_name, lora
+):
+    make_prefix_data(monkeypatch, small_models[reward_name])
+    flags = [
+        *QUIET,
+        *(
+            "--model_name_or_path",
+            small_models[reward_name],
+            "--learning_rate",
+            "3e-3",
+            "--eval_entries",
+            "32",
+        ),
+        *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--max_steps", "12"),
+    ]
+    if lora:
+        flags += ["--use_peft", "--lora_r", "4"]
+    run_main(tldr_partial_reward_model, monkeypatch, *flags)
+
+    folder = here / "partial_reward_modeling_tldr"
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    assert not [*folder.glob("*.bin"), *folder.glob("adapter*"), *folder.glob(".writing")]
+    saved, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and saved.config.num_labels == 1
+    assert saved.dtype == torch.float32
+
+    before = AutoModelForSequenceClassification.from_pretrained(small_models[reward_name])
+    moved = [
+        (parameter - dict(before.named_parameters())[name]).abs().max().item()
+        for name, parameter in saved.named_parameters()
+    ]
+    assert max(moved) > 1e-3
+    shown = capsys.readouterr().out
+    assert "accuracy quarter 4" in shown and "step     12" in shown
+
+
+def test_two_labels_wrong_tokenizer_and_missing_data_are_refused(
+    here, monkeypatch, small_models, capsys, tmp_path
+):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(tldr_partial_reward_model, monkeypatch, "--model_name_or_path", small_models["bert"], *QUIET)
+    assert stopped.value.code == 2
+    assert "python DataProcess/tldr_data_process_partial.py" in capsys.readouterr().err
+
+    make_prefix_data(monkeypatch, small_models["bert"])
+    with pytest.raises(SystemExit):
+        run_main(
+            tldr_partial_reward_model, monkeypatch, "--model_name_or_path", small_models["deberta"], *QUIET
+        )
+    assert "--reward_model" in capsys.readouterr().err
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        small_models["bert"], num_labels=2, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "two")
+    with pytest.raises(SystemExit):
+        run_main(
+            tldr_partial_reward_model, monkeypatch, "--model_name_or_path", str(tmp_path / "two"), *QUIET
+        )
+    assert "has 2 labels" in capsys.readouterr().err
+    assert not (here / "partial_reward_modeling_tldr/config.json").exists()
+
+
+def test_old_flags_and_unsupported_precision(capsys, monkeypatch):
+    renamed = training_setup.rename_old_flags(
+        ["--evaluation_strategy=steps", "--no_remove_unused_columns", "--fp16", "--max_length", "5"]
+    )
+    assert renamed == [
+        "--eval_strategy=steps",
+        "--remove_unused_columns=False",
+        "--fp16",
+        "--max_length",
+        "5",
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = Settings(fp16=True, load_in_4bit=True)
+    assert not settings.fp16 and not settings.bf16 and not settings.load_in_4bit
+    said = capsys.readouterr().err
+    assert "--evaluation_strategy became --eval_strategy" in said and "--fp16 needs a GPU" in said
+    assert Settings().bf16 is False  # on a CPU, and never left to TRL's default
+
+
+# DPO
+
+
+def test_dpo_prompts_lose_their_beginning_and_responses_nothing(tokenizers):
+    tokenizer = tokenizers["bpe"]
+    eos = tokenizer.eos_token_id
+    row = {
+        "prompt": ["POST: my sister sold my bike and the landlord shouts all night\nTL;DR:"],
+        "chosen": [" my sister sold my bike"],
+        "rejected": [" no"],
+    }
+    prompt = tokenizer(row["prompt"][0])["input_ids"]
+    chosen, rejected = (tokenizer(row[side][0])["input_ids"] + [eos] for side in ("chosen", "rejected"))
+
+    def encode(max_length, max_prompt_length):
+        encoded = GPT2_large_DPO_tldr.encode_preferences(
+            row, tokenizer, "POST: {post}\nTL;DR:", max_length, max_prompt_length
+        )
+        assert encoded["chosen_ids"] == [chosen] and encoded["rejected_ids"] == [rejected]
+        return encoded["prompt_ids"][0]
+
+    assert encode(512, 512) == prompt
+    assert encode(len(chosen) + 5, 512) == prompt[-5:]
+    assert encode(512, 7) == prompt[-7:]
+    assert encode(len(chosen), 512) == prompt[-1:]
+
+
+def test_dpo_adapter_is_saved_and_loads(here, monkeypatch, small_models, capsys):
+    write_pairs()
+    run_main(
+        GPT2_large_DPO_tldr,
+        monkeypatch,
+        *QUIET,
+        *("--model_name_or_path", small_models["gpt2"], "--max_steps", "3", "--max_length", "60"),
+        *("--gradient_accumulation_steps", "1", "--learning_rate", "1e-2", "--logging_steps", "1"),
+    )
+    folder = here / "GPT2_large_tldr_DPO"
+    assert (folder / "adapter_model.safetensors").exists() and not [*folder.glob("*.bin")]
+
+    ids = torch.tensor([[5, 6, 7]])
+    adapted = AutoModelForCausalLM.from_pretrained(folder).eval()
+    base = AutoModelForCausalLM.from_pretrained(small_models["gpt2"]).eval()
+    assert (adapted(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert "wrote GPT2_large_tldr_DPO/" in capsys.readouterr().out
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_dpo_batches_hold_whole_responses(here, monkeypatch, small_models):
+    write_pairs()
+    settings = GPT2_large_DPO_tldr.Settings(
+        model_name_or_path=small_models["gpt2"], report_to="none", max_length=60, use_peft=True
+    )
+    trainer = GPT2_large_DPO_tldr.make_trainer(settings)
+    tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2"])
+    rows = load_from_disk("summarize_from_feedback")["train"]
+    assert len(trainer.train_dataset) == len(rows)  # no row is lost
+
+    batch = trainer.data_collator([trainer.train_dataset[at] for at in range(len(rows))])
+    for side, half in (("chosen", 0), ("rejected", len(rows))):
+        for at, row in enumerate(rows):
+            ids = batch["input_ids"][half + at][batch["completion_mask"][half + at].bool()].tolist()
+            assert ids == tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id]
