@@ -21,9 +21,10 @@ demo)
     full_reward_model=$root/demo/models/full-reward-model
     ppo_policy=$root/demo/models/rl-summariser
     prefix_data=(--num_comparisons 300 --num_validation_comparisons 128)
-    reward=(--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --learning_rate 3e-4
-        --gradient_checkpointing False --eval_steps 100000 --save_strategy no --report_to none)
-    dpo=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --max_steps 150
+    reward=(--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --learning_rate 3e-5
+        --gradient_checkpointing False --eval_steps 100000 --eval_entries 512 --save_strategy no
+        --report_to none)
+    dpo=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --max_steps 100
         --gradient_checkpointing False --max_length 160 --save_strategy no --report_to none)
     decode=(--num_prompts 100 --max_new_tokens 32 --trace)
     ;;
@@ -69,6 +70,7 @@ for step in $steps; do
     report)
         stage python "$root/Evaluation/show_result.py"
         [ "$mode" != demo ] || stage python "$root/demo/true_quality.py"
+        stage python "$root/Evaluation/prefix_accuracy.py" --full_reward_model "$full_reward_model"
         stage python "$root/Evaluation/show_generations.py"
         if [ -n "${OPENAI_API_KEY:-}" ]; then
             stage python "$root/Evaluation/GPT4_eval_tldr.py" ./generation_pargs.json ./generation_args.json

@@ -166,9 +166,9 @@ def main() -> None:
     save_adapter(trainer, Path(settings.output_dir))
     PartialState().wait_for_everyone()
     if trainer.is_world_process_zero():
-        logs = [log for log in trainer.state.log_history if "rewards/accuracies" in log]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
         print(f"\nwrote {settings.output_dir}/ (adapter of {settings.model_name_or_path})")
-        for name, log in (("first", logs[0]), ("last", logs[-1])):
+        for name, log in zip(("first", "last"), (*logs[:1], *logs[-1:]), strict=False):
             print(f"  {name:<5} log: loss {log['loss']:.3f}, accuracy {log['rewards/accuracies']:.3f}")
         print("next: python PARGS_decode/PARGS_baselines.py")
 

@@ -297,6 +297,7 @@ def decode_wave(
     settings: Settings,
     method: str,
     guide: RereadingGuide | CachedGuide | None,
+    progress: tqdm | None = None,
 ) -> None:
     """Write the responses of `rows` together, in place; the rows of a prompt's samples stand side by side.
 
@@ -324,6 +325,8 @@ def decode_wave(
 
         if chosen is not None:
             kept = [at for at, row in enumerate(rows) if not append_token(policy, row, fetched[at].pop())]
+            if progress:  # a row that ends early saves the tokens it could still have had
+                progress.update(len(rows) + (len(rows) - len(kept)) * (settings.max_new_tokens - step))
             if not kept:
                 return
             if len(kept) < len(rows):
@@ -357,6 +360,8 @@ def decode_wave(
 
     for row, token in zip(rows, chosen.tolist(), strict=True):
         append_token(policy, row, token)
+    if progress:
+        progress.update(len(rows))
 
 
 def forward(
@@ -459,10 +464,10 @@ def decode_method(
     ]
 
     guide = make_guide(how, policy, template, settings) if how.guide else None
-    with tqdm(total=len(prompts), desc=method, unit="prompt", disable=not is_main()) as progress:
+    most = len(rows) * settings.max_new_tokens
+    with tqdm(total=most, desc=f"{method:<7}", unit="token", disable=not is_main()) as progress:
         for wave in waves(rows, samples, policy, guide, settings):
-            decode_wave(policy, wave, samples, settings, method, guide)
-            progress.update(len(wave) // samples)
+            decode_wave(policy, wave, samples, settings, method, guide, progress)
     return rows, policy.tokenizer
 
 
@@ -509,7 +514,7 @@ def pick_best(
         encode_written(reward_model, prompts, written),
         reserved=settings.max_new_tokens + 1,
     )
-    best = rewards.view(-1, samples).argmax(1).tolist()
+    best = rewards.view(len(rows) // samples, samples).argmax(1).tolist()
     return [rows[group * samples + sample] for group, sample in enumerate(best)]
 
 
@@ -641,6 +646,8 @@ def main() -> None:
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
     (settings,) = parser.parse_args_into_dataclasses()
     check_settings(settings)
+    # Said outright, or processes without a GPU would not find each other.
+    PartialState(cpu=not torch.accelerator.is_available())
     prompts, references, template = load_prompts(settings)
     if is_main():
         claim_directory(settings, settings.overwrite)
@@ -656,7 +663,8 @@ def main() -> None:
         write_whole("baseline_results.csv", table.to_csv(index=False))
 
         print(f"\nwrote {', '.join(f'generation_{file_stem(m)}.json' for m in settings.methods)}")
-        print(f"wrote baseline_results.csv: {len(prompts)} prompts, mean rewards")
+        shares = f"{PartialState().num_processes} process" + "es" * (PartialState().num_processes > 1)
+        print(f"wrote baseline_results.csv: {len(prompts)} prompts, {shares}; mean rewards:")
         print(table.drop(columns="prompt").mean().round(4).to_string())
         print("next: python Evaluation/show_result.py")
 

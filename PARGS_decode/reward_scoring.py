@@ -72,6 +72,8 @@ def load_reward_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         fail(f"cannot load the reward model {name!r}: {error}; {made_by}")
+    if not any("SequenceClassification" in kind for kind in config.architectures or []):
+        fail(f"{name!r} is no trained reward model: it is a {(config.architectures or ['nameless'])[0]}")
     if config.num_labels != 1:
         fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
 

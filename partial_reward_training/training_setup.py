@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,9 @@ import torch
 import wandb
 from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
+
+# The libraries warn each other of names that they rename next; there is nothing to do about it here.
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 OLD_FLAGS = {
     "--evaluation_strategy": "--eval_strategy",

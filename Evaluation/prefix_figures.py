@@ -1,0 +1,133 @@
+"""The two figures of the rewards of prefixes: ranking accuracy, and single responses token by token."""
+
+from textwrap import shorten
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from reward_reading import Pair, Response, RewardModel
+
+MODELS = {"full": "#9a6fb0", "partial": "#1f5fa8"}  # those of ARGS and PARGS, which they guide
+SIDES = {"chosen": "#3a9d78", "rejected": "#c8553d"}
+READABLE = 32  # tokens whose words still fit along an axis
+PROMPT_CHARACTERS = 170
+
+
+def draw_accuracy(accuracy: pd.DataFrame, num_pairs: int) -> Figure:
+    """Accuracy with its interval against the part of the response seen, a line per model.
+
+    `accuracy` has a row per `model` and `percent`, as written to prefix_accuracy.csv.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0.5, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate("coin toss", (101, 0.5), (0, 3), textcoords="offset points", ha="right", color="#555555")
+
+    for (label, rows), shift in zip(accuracy.groupby("model"), (-0.6, 0.6), strict=True):
+        rows = rows.dropna(subset="accuracy")
+        at, colour = rows["percent"] + shift, MODELS[label]  # beside each other, so that both can be read
+        axes.vlines(
+            at, rows["interval_low"], rows["interval_high"], color=colour, alpha=0.45, linewidth=2.6, zorder=2
+        )
+        edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
+        axes.plot(at, rows["accuracy"], "o-", color=colour, markersize=8, linewidth=1.6, **edge, zorder=3)
+
+    style(axes, "Ranking accuracy on prefixes of held-out pairs", "part of the response seen", pad=28)
+    axes.set_ylabel("chosen prefix scores above the rejected one")
+    axes.set_xticks(sorted(accuracy["percent"].unique()))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(100 if axis is axes.xaxis else 1, decimals=0))
+
+    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in MODELS.values()]
+    names = [f"{label} reward model" for label in MODELS]
+    # Between title and axes, where no interval can reach.
+    axes.legend(handles, names, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
+    counts = accuracy.loc[accuracy["n"] > 0, "n"]
+    span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    caption = (
+        f"bars: 95% Wilson interval      of {num_pairs} pairs, {span} count: those whose prefixes differ"
+    )
+    figure.supxlabel(caption, fontsize=8.5, color="#555555")
+    return figure
+
+
+def draw_token_rewards(
+    examples: list[dict[str, Pair]],
+    curves: dict[str, list[dict[str, list[float]]]],
+    reward_models: dict[str, RewardModel],
+) -> Figure:
+    """A row per example, a column per model: the reward after each token of both responses.
+
+    The scale is the same all down a column, as rewards of one model compare.
+    `curves[model][example][side]` holds a reward for each token of that response.
+    """
+    figure = Figure(figsize=(12, 0.9 + 3.1 * len(examples)), layout="constrained")
+    title = "Reward after each token of a held-out pair"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
+    parts = figure.subfigures(len(examples), 1, squeeze=False)[:, 0]
+
+    for at, (part, pair) in enumerate(zip(parts, examples, strict=True)):
+        heading = shorten(pair["full"].prompt, PROMPT_CHARACTERS, placeholder=" …")
+        part.suptitle(heading, x=0.01, ha="left", fontsize=9, color="#555555", parse_math=False)
+        for axes, (label, reward_model) in zip(part.subplots(1, 2), reward_models.items(), strict=True):
+            style(axes, f"{label.capitalize()} reward model" if at == 0 else "")
+            draw_curves(axes, pair[label], curves[label][at], reward_model)
+            axes.set_ylabel("reward")
+            axes.set_ylim(*reward_range(curves[label]))
+
+    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in SIDES.values()]
+    figure.legend(handles, [f"{side} response" for side in SIDES], frameon=False, loc="upper right", ncols=2)
+    return figure
+
+
+def reward_range(curves: list[dict[str, list[float]]]) -> tuple[float, float]:
+    """What holds all rewards of one model, with a margin."""
+    rewards = [reward for example in curves for side in example.values() for reward in side]
+    margin = 0.08 * (max(rewards) - min(rewards)) or 1.0
+    return min(rewards) - margin, max(rewards) + margin
+
+
+def draw_curves(axes: Axes, pair: Pair, curves: dict[str, list[float]], reward_model: RewardModel) -> None:
+    """Both responses over their tokens; the words of the chosen one above, of the rejected one below."""
+    for side, colour in SIDES.items():
+        rewards = curves[side]
+        axes.plot(range(1, len(rewards) + 1), rewards, "o-", color=colour, markersize=3.5, linewidth=1.6)
+        axes.plot(
+            [len(rewards)], rewards[-1:], "o", color=colour, markersize=8, markeredgecolor="white", zorder=4
+        )
+
+    axes.set_xlim(0.4, pair.longest + 0.6)
+    if pair.longest > READABLE:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("tokens of the response")
+        return
+
+    above = axes.secondary_xaxis("top")
+    for axis, side in ((above, "chosen"), (axes, "rejected")):
+        response: Response = getattr(pair, side)
+        labels = words(reward_model, response)
+        axis.set_xticks(range(1, len(labels) + 1), labels, fontsize=7.5, color=SIDES[side])
+        for tick in axis.get_xticklabels():
+            tick.set(rotation=60, rotation_mode="anchor", ha="left" if axis is above else "right")
+            tick.set_parse_math(False)  # a $ is a dollar
+        axis.tick_params(axis="x", length=0)
+    above.spines["top"].set_visible(False)
+
+
+def words(reward_model: RewardModel, response: Response) -> list[str]:
+    """Each token as text."""
+    eos_id = reward_model.tokenizer.eos_token_id if reward_model.causal else None
+    return [
+        "(end)" if token == eos_id else reward_model.tokenizer.decode([token]).strip()
+        for token in response.ids
+    ]
+
+
+def style(axes: Axes, title: str, label: str = "", pad: float = 6) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", pad=pad)
+    axes.set_xlabel(label)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,269 @@
+"""Ranking accuracy on prefixes: what the models read, how pairs are ranked, the figures and the errors."""
+
+import json
+import shutil
+import sys
+from math import sqrt
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import make_posts
+from datasets import Dataset, DatasetDict
+from prefix_accuracy import PERCENTAGES, main, prefix_lengths, rank, score
+from reward_reading import Pair, Response, ask, encode_pair, load_reward_model, read_rewards
+from tldr_data_process_partial import encode_pairs
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+TEMPLATE = "POST: {post}\nTL;DR:"
+CPU = torch.device("cpu")
+OUTPUTS = {f"{name}.{kind}" for name in ("prefix_accuracy", "token_rewards") for kind in ("png", "pdf")}
+
+
+def comparisons(count: int, seed: int = 0) -> list[dict[str, str]]:
+    return [
+        {"prompt": TEMPLATE.format(post=post), "chosen": f" {good}", "rejected": f" {bad}"}
+        for post, good, bad in make_posts(count, seed)
+    ]
+
+
+def write_dataset(directory: Path, rows: list[dict[str, str]]) -> None:
+    folder = directory / "summarize_from_feedback"
+    DatasetDict(validation=Dataset.from_list(rows)).save_to_disk(str(folder))
+    (folder / "processing.json").write_text(json.dumps({"template": TEMPLATE}))
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run the script in `tmp_path` on a few pairs."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["prefix_accuracy.py", *arguments])
+        main()
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta"])
+def test_an_encoder_reads_what_its_tokenizer_makes_of_the_pair(small_models, name):
+    model = load_reward_model(small_models[name], "")
+    for row in comparisons(5):
+        pair = encode_pair(model, row, TEMPLATE)
+        (question,) = ask(model, pair.prompt_ids, pair.chosen, [1000])
+        encoded = model.tokenizer(row["prompt"], row["chosen"])
+        assert list(question.input_ids) == encoded["input_ids"]
+        assert list(question.segments) == encoded.get("token_type_ids", [0] * len(question.input_ids))
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta", "gpt2-reward"])
+def test_prefixes_are_those_of_the_training_data(small_models, name):
+    model, rows = load_reward_model(small_models[name], ""), comparisons(6, seed=3)
+    rows[0]["chosen"] = " my friendly neighbourhood landlords outmoved, unwanted 日本 lockers"
+    batch = {column: [row[column] for row in rows] for column in rows[0]}
+    encoded = encode_pairs(batch, model.tokenizer, model.frame, model.causal, TEMPLATE, 10**6)
+
+    if name == "deberta":
+        assert any(encoded["chosen_reencoded"])  # some prefixes are no slice of the whole
+    compared = 0
+    for at, row in enumerate(rows):
+        pair = encode_pair(model, row, TEMPLATE)
+        lengths = encoded["lengths"][at]
+        assert lengths == list(range(1, pair.longest + 1))
+        for side in ("chosen", "rejected"):
+            again = {prefix["length"]: prefix["ids"] for prefix in encoded[f"{side}_reencoded"][at]}
+            questions = ask(model, pair.prompt_ids, getattr(pair, side), lengths)
+            for length, question in zip(lengths, questions, strict=True):
+                prefix = again.get(length, encoded[f"{side}_ids"][at][:length])
+                assert list(question.seen) == model.frame.ids(encoded["prompt_ids"][at], prefix)
+                compared += 1
+    assert compared > 100
+
+
+def test_lengths_are_rounded_up_and_end_at_the_whole():
+    assert prefix_lengths(10) == list(range(1, 11))
+    assert prefix_lengths(3) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert prefix_lengths(25)[:2] == [3, 5] and prefix_lengths(25)[-1] == 25
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-reward"])
+def test_past_its_end_a_response_stays_whole(small_models, name):
+    model = load_reward_model(small_models[name], "")
+    pair = encode_pair(model, comparisons(1)[0], TEMPLATE)
+    size = len(pair.chosen.ids)
+    last, whole, past = ask(model, pair.prompt_ids, pair.chosen, [size - 1, size, size + 7])
+    assert past == whole != last
+
+    # Only a finished response of a causal model ends in EOS.
+    ends = {question.seen[-1] == model.tokenizer.eos_token_id for question in (whole, past)}
+    assert ends == {model.causal}
+    assert not model.causal or last.seen[-1] != model.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta", "gpt2-reward", "llama-reward"])
+def test_rewards_are_those_of_each_prefix_read_alone(small_models, name):
+    """Padding, batches, and one pass for all prefixes of a causal model change nothing."""
+    model, questions = load_reward_model(small_models[name], ""), []
+    for row in comparisons(4, seed=5):
+        pair = encode_pair(model, row, TEMPLATE)
+        for response in (pair.chosen, pair.rejected):
+            questions += ask(model, pair.prompt_ids, response, prefix_lengths(pair.longest))
+
+    expected = []
+    for question in questions:
+        inputs = {"input_ids": torch.tensor([question.seen])}
+        if model.has_segments:
+            inputs["token_type_ids"] = torch.tensor([question.segments])
+        with torch.inference_mode():
+            if model.causal:  # at the last token: the classifier itself looks behind EOS, its padding
+                hidden = model.model.base_model(**inputs).last_hidden_state
+                expected.append(model.model.score(hidden[0, -1]).item())
+            else:
+                expected.append(model.model(**inputs).logits.item())
+
+    assert max(expected) - min(expected) > 0.1
+    for budget in (1, 700, 10**6):
+        assert read_rewards(model, questions, CPU, budget, "") == pytest.approx(expected, abs=2e-4)
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """The interval by its formula (Wilson 1927)."""
+    z, share = 1.959963984540054, correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def test_accuracy_and_interval_by_hand():
+    cells = [
+        # At 50%: above, below, equal rewards of different prefixes, and a pair whose prefixes are the same.
+        (0, 50, False, 1.0, 0.5),
+        (1, 50, False, 1.0, 1.5),
+        (2, 50, False, 1.0, 1.0),
+        (3, 50, True, 1.0, 1.0),
+        *((pair, 100, False, 2.0, 1.0) for pair in range(3)),
+        (3, 100, False, 1.0, 2.0),
+        (0, 10, True, 1.0, 1.0),
+    ]
+    table = rank(pd.DataFrame(cells, columns=["pair", "percent", "same", "chosen", "rejected"]))
+    table = table.set_index("percent")
+
+    assert list(table.loc[50, ["n", "same_prefix", "correct"]]) == [3, 1, 1]
+    assert list(table.loc[100, ["n", "same_prefix", "correct"]]) == [4, 0, 3]
+    for percent, correct, n in ((50, 1, 3), (100, 3, 4)):
+        assert table.loc[percent, "accuracy"] == pytest.approx(correct / n)
+        low, high = wilson(correct, n)
+        assert table.loc[percent, "interval_low"] == pytest.approx(low)
+        assert table.loc[percent, "interval_high"] == pytest.approx(high)
+    assert table.loc[10, "n"] == 0 and pd.isna(table.loc[10, "accuracy"])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2-reward"])
+def test_prefixes_that_are_the_same_are_not_ranked(small_models, name):
+    model = load_reward_model(small_models[name], "")
+    tokens = list(range(50, 60))
+    chosen, rejected = [*tokens[:4], *tokens[5:9]], [*tokens[:4], *tokens[1:7]]
+    pair = Pair("p", [20, 21], *(Response(model.tokenizer.decode(ids), ids) for ids in (chosen, rejected)))
+    if not model.causal:  # the text decides: it must come back as the same tokens
+        texts = " my wife ate my bike", " my wife ate my café lunch too"
+        pair = encode_pair(model, {"prompt": "POST: a", "chosen": texts[0], "rejected": texts[1]}, TEMPLATE)
+
+    rewards, (curves,) = score(model, [pair], [pair], CPU, 4096)
+    common = next(
+        at for at, (a, b) in enumerate(zip(pair.chosen.ids, pair.rejected.ids, strict=False)) if a != b
+    )
+    expected = [length <= common for length in prefix_lengths(pair.longest)]
+    assert True in expected and False in expected
+    assert list(rewards["same"]) == expected and list(rewards["percent"]) == list(PERCENTAGES)
+    assert [len(curves[side]) for side in ("chosen", "rejected")] == [
+        len(pair.chosen.ids),
+        len(pair.rejected.ids),
+    ]
+    assert curves["chosen"][-1] == rewards["chosen"].iloc[-1]
+
+
+@pytest.mark.parametrize("models, count", [(("deberta", "bert"), 12), (("bert", "llama-reward"), 1)])
+def test_writes_both_figures_and_the_table(small_models, tmp_path, command, capsys, models, count):
+    rows = comparisons(count)
+    hostile = " $5_{ and $6 \\frac{ <b>"  # mathtext to a plotting library, were it not told
+    rows[0] = {
+        "prompt": TEMPLATE.format(post=hostile),
+        "chosen": hostile,
+        "rejected": rows[0]["rejected"],
+    }
+    write_dataset(tmp_path, rows)
+    names = [small_models[name] for name in models]
+    arguments = ["--full_reward_model", names[0], "--partial_reward_model", names[1], "--num_examples", "1"]
+    command(*arguments, "--output_dir", "out")
+
+    table = pd.read_csv(tmp_path / "out/prefix_accuracy.csv")
+    assert list(table["model"]) == ["full"] * 10 + ["partial"] * 10
+    assert ((table["n"] + table["same_prefix"]) == count).all()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS | {"prefix_accuracy.csv"}
+    for name in OUTPUTS:
+        content = (tmp_path / "out" / name).read_bytes()
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF") and len(content) > 5000
+
+    printed = capsys.readouterr().out
+    last = table[table["percent"] == 100].iloc[0]
+    assert f"{last['accuracy']:.3f} [{last['interval_low']:.3f}, {last['interval_high']:.3f}]" in printed
+    assert f"{count} of 128 ranked" in printed and "next: python" in printed
+
+
+def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, command, capsys):
+    rows = comparisons(6)
+    rows[2]["prompt"] = TEMPLATE.format(post="my boss shouts all night " * 80)
+    write_dataset(tmp_path, rows)
+    models = ["--full_reward_model", small_models["bert"], "--partial_reward_model", small_models["bert"]]
+    command(*models, "--num_examples", "1")
+    assert "1 pairs left out" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "prefix_accuracy.csv")
+    assert ((table["n"] + table["same_prefix"]) == 5).all()
+
+    with pytest.raises(SystemExit) as stopped:
+        command(*models, "--max_length", "12")
+    assert stopped.value.code == 2
+    assert "fits into --max_length 12" in capsys.readouterr().err
+
+
+def classifier(folder: str, to: Path, num_labels: int) -> str:
+    """The small BERT with another number of labels."""
+    config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(to)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+    return str(to)
+
+
+def test_clear_errors(small_models, tmp_path, command, capsys):
+    def error(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            command(*arguments)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("error: ") == 1, said
+        return said
+
+    full = ["--full_reward_model", small_models["bert"]]
+    assert "python DataProcess/tldr_data_process.py" in error(*full)
+    write_dataset(tmp_path, comparisons(3))
+    assert "--num_pairs must be at least 1" in error(*full, "--num_pairs", "0")
+
+    missing = error(*full)
+    assert "partial_reward_modeling_tldr" in missing
+    assert "python partial_reward_training/tldr_partial_reward_model.py" in missing
+    assert "--full_reward_model" in error("--full_reward_model", "no/such")
+
+    two = classifier(small_models["bert"], tmp_path / "two", 2)
+    assert "has 2 labels" in error(*full, "--partial_reward_model", two)
+
+    headless = error(*full, "--partial_reward_model", one_label(small_models["gpt2"], tmp_path / "headless"))
+    assert "no trained reward model" in headless and "score.weight" in headless
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.csv"))
+
+
+def one_label(folder: str, to: Path) -> str:
+    """A language model whose configuration asks for one label: it has no trained head."""
+    shutil.copytree(folder, to)
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    config.save_pretrained(to)
+    return str(to)
