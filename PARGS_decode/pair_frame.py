@@ -1,4 +1,4 @@
-"""What a reward model's tokenizer puts around a prompt and a response. Stages 1 and 4 keep a copy each."""
+"""What a reward model's tokenizer puts around a prompt and a response. Each stage that asks one keeps a copy."""
 
 from dataclasses import asdict, dataclass
 

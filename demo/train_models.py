@@ -374,7 +374,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """Save model and tokenizer under a temporary name, then put them in place of what is there."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.config.name_or_path = ""
+    if tokenizer.pad_token is None:  # TRL has given the model one
+        model.config.pad_token_id = model.generation_config.pad_token_id = None
+
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)

@@ -60,12 +60,12 @@ def test_an_encoder_reads_what_its_tokenizer_makes_of_the_pair(small_models, nam
 @pytest.mark.parametrize("name", ["bert", "deberta", "gpt2-reward"])
 def test_prefixes_are_those_of_the_training_data(small_models, name):
     model, rows = load_reward_model(small_models[name], ""), comparisons(6, seed=3)
-    rows[0]["chosen"] = " my friendly neighbourhood landlords outmoved, unwanted 日本 lockers"
+    rows[0]["chosen"] = "  wife and landlord"  # two spaces: a prefix of one token is no slice of the ids
     batch = {column: [row[column] for row in rows] for column in rows[0]}
     encoded = encode_pairs(batch, model.tokenizer, model.frame, model.causal, TEMPLATE, 10**6)
 
     if name == "deberta":
-        assert any(encoded["chosen_reencoded"])  # some prefixes are no slice of the whole
+        assert any(encoded["chosen_reencoded"])
     compared = 0
     for at, row in enumerate(rows):
         pair = encode_pair(model, row, TEMPLATE)
