@@ -1,4 +1,4 @@
-"""What a reward model's tokenizer puts around a prompt and a response. Each stage that asks one keeps a copy."""
+"""What a reward model's tokenizer puts around a prompt and a response. Each stage keeps its own copy."""
 
 from dataclasses import asdict, dataclass
 

@@ -79,7 +79,8 @@ def write_hub_data(directory: Path, train: list[dict], validation: list[dict], t
         Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: comparisons\n  data_files:\n"
-        "  - split: train\n    path: train.parquet\n  - split: validation\n    path: validation.parquet\n---\n"
+        "  - split: train\n    path: train.parquet\n"
+        "  - split: validation\n    path: validation.parquet\n---\n"
     )
     folder = directory / "CarperAI/openai_summarize_tldr"
     folder.mkdir(parents=True)
