@@ -6,13 +6,21 @@
 #   bash run.sh demo decode report   only these steps, of: data reward dpo decode report
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./environment.sh
-prepare_environment requirements.txt
 
 mode=${1:-demo}
 [ $# -gt 0 ] && shift
 steps=${*:-data reward dpo decode report}
 root=$PWD
+
+for step in $steps; do
+    case $step in
+    data | reward | dpo | decode | report) ;;
+    *)
+        echo "error: run.sh has no step '$step'; it has data reward dpo decode report" >&2
+        exit 2
+        ;;
+    esac
+done
 
 case $mode in
 demo)
@@ -40,6 +48,8 @@ paper)
     ;;
 esac
 
+. ./environment.sh
+prepare_environment requirements.txt
 mkdir -p "runs/$mode"
 cd "runs/$mode"
 
@@ -77,10 +87,6 @@ for step in $steps; do
         else
             echo "GPT-4 evaluation skipped: it needs OPENAI_API_KEY in the environment."
         fi
-        ;;
-    *)
-        echo "error: run.sh has no step '$step'; it has data reward dpo decode report" >&2
-        exit 2
         ;;
     esac
 done

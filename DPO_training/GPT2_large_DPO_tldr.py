@@ -8,6 +8,7 @@ No response is cut and no pair is lost: a prompt that does not fit loses its beg
     python DPO_training/GPT2_large_DPO_tldr.py
 """
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ def encode_preferences(
     A prompt keeps its last min(`max_prompt_length`, `max_length` - the longer response with its EOS) tokens.
     """
     start = start_ids(tokenizer)
-    encoded = {"prompt_ids": [start + ids for ids in encode_prompts(tokenizer, batch["prompt"], template)]}
+    encoded = {"prompt_ids": encode_prompts(tokenizer, batch["prompt"], template)}
     for side in ("chosen", "rejected"):
         responses = encode_responses(tokenizer, batch["prompt"], batch[side])
         encoded[f"{side}_ids"] = [ids + [tokenizer.eos_token_id] for ids in responses]
@@ -102,8 +103,8 @@ def encode_preferences(
     for row, prompt_ids in enumerate(encoded["prompt_ids"]):
         longer = max(len(encoded["chosen_ids"][row]), len(encoded["rejected_ids"][row]))
         # At least one token: the first token of a response needs something to follow.
-        room = max(1, min(max_prompt_length, max_length - longer))
-        encoded["prompt_ids"][row] = prompt_ids[-room:]
+        room = max(1, min(max_prompt_length, max_length - longer) - len(start))
+        encoded["prompt_ids"][row] = start + prompt_ids[-room:]
     return encoded
 
 
@@ -127,9 +128,11 @@ def make_trainer(settings: Settings) -> DPOTrainer:
                 "max_prompt_length": settings.max_prompt_length,
             },
             remove_columns=rows.column_names,
+            keep_in_memory=True,  # `datasets` would leave a cache file in the artifact it reads
             desc=f"{split}: encoding",
         )
 
+    settings.max_length = None  # the rows fit now, and TRL's collator would cut a response longer than this
     settings.model_init_kwargs = {
         "revision": settings.model_revision,
         "attn_implementation": settings.attn_implementation,
@@ -149,6 +152,9 @@ def make_trainer(settings: Settings) -> DPOTrainer:
 
 def save_adapter(trainer: DPOTrainer, output_dir: Path) -> None:
     written = output_dir / ".writing"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(written, ignore_errors=True)  # an interrupted run may have left one
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(written))
     if trainer.is_world_process_zero():
         move_into_place(written, output_dir, marker="adapter_config.json")

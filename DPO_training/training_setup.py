@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 import wandb
-from accelerate import PartialState
 from datasets import DatasetDict, load_from_disk
 
 # The libraries warn each other of names that they rename next; there is nothing to do about it here.
@@ -30,7 +29,7 @@ def fail(message: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    if PartialState().is_main_process:
+    if os.environ.get("RANK", "0") == "0":  # before there is any distributed state to ask
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -53,6 +52,7 @@ def settle_precision(settings: Any) -> None:
     """
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
+        settings.use_cpu = True  # said outright, or processes without a GPU would not find each other
         for flag in ("fp16", "bf16", "tf32", "load_in_8bit", "load_in_4bit"):
             if getattr(settings, flag):
                 warn(f"--{flag} needs a GPU and there is none: dropped")

@@ -78,10 +78,13 @@ def preference_from_comparison(row: dict, index: int, split: str, template: str)
     except (KeyError, TypeError) as error:
         raise ValueError(f"row {index} of split {split!r} has no usable field {error}") from None
 
-    if choice not in (0, 1):
+    if not isinstance(choice, int) or choice not in (0, 1):
         raise ValueError(f"row {index} of split {split!r}: `choice` is {choice!r}, not 0 or 1")
     if len(summaries) != 2:
         raise ValueError(f"row {index} of split {split!r}: {len(summaries)} summaries, not 2")
+
+    if not all(isinstance(text, str | None) for text in (post, *summaries)):
+        raise ValueError(f"row {index} of split {split!r}: the post or a summary is not text")
 
     chosen, rejected = summaries[choice], summaries[1 - choice]
     if not (post or "").strip():
@@ -107,7 +110,7 @@ def prompt_from_test_post(row: dict, index: int, template: str) -> dict[str, str
         ValueError: the row has no post between `POST:` and `TL;DR:`, or a field is missing.
     """
     try:
-        post = re.search(r"POST:(.*)\nTL;DR:\s*$", row["prompt"], flags=re.DOTALL)
+        post = re.search(r"(?:^|\n)POST:(.*)\nTL;DR:\s*$", row["prompt"], flags=re.DOTALL)
         reference = row["label"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"row {index} of the test posts has no usable field {error}") from None

@@ -14,6 +14,7 @@ makes an entry; past its own end a response stays whole. Entries over `max_lengt
 import os
 from dataclasses import dataclass, field
 from itertools import chain
+from tempfile import TemporaryDirectory
 
 from dataset_files import fail, read_dataset, save_dataset
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -85,7 +86,12 @@ def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool]:
 def choose_comparisons(rows: Dataset, count: int, seed: int) -> Dataset:
     if count < 0:
         fail(f"the number of comparisons must be 0 (all) or more, not {count}")
-    return rows.shuffle(seed=seed).select(range(min(count, len(rows)))) if count else rows
+    if not count:
+        return rows
+    # In memory: `datasets` would leave cache files in the artifact it reads.
+    return rows.shuffle(seed=seed, keep_in_memory=True).select(
+        range(min(count, len(rows))), keep_in_memory=True
+    )
 
 
 def encode_pairs(
@@ -180,6 +186,42 @@ def list_entries(batch: dict[str, list], indices: list[int]) -> dict[str, list[i
     return {"pair": [pair for pair, _ in rows], "length": [length for _, length in rows]}
 
 
+def build_split(rows: Dataset, split: str, encoding: dict, cache_dir: str) -> tuple[Dataset, Dataset]:
+    """The pairs of a split with their ids, and its entries; files are written to `cache_dir`."""
+    pairs = rows.map(
+        encode_pairs,
+        batched=True,
+        batch_size=256,
+        fn_kwargs=encoding,
+        remove_columns=rows.column_names,
+        features=PAIR_FEATURES,
+        load_from_cache_file=False,
+        cache_file_name=f"{cache_dir}/{split}-pairs.arrow",
+        desc=f"{split}: encoding prefixes",
+    )
+    entries = pairs.map(
+        list_entries,
+        batched=True,
+        with_indices=True,
+        remove_columns=pairs.column_names,
+        features=ENTRY_FEATURES,
+        load_from_cache_file=False,
+        cache_file_name=f"{cache_dir}/{split}-entries.arrow",
+        desc=f"{split}: listing entries",
+    )
+    if not len(entries):
+        fail(f"no prefix of split {split!r} fits into --max_length {encoding['max_length']}")
+    return pairs, entries
+
+
+def summary_line(split: str, pairs: Dataset, entries: Dataset) -> str:
+    reencoded = sum(map(len, chain(pairs["chosen_reencoded"], pairs["rejected_reencoded"])))
+    return (
+        f"  {split:<10} {len(entries):>9} prefix pairs of {len(pairs)} comparisons; "
+        f"{sum(pairs['num_dropped'])} too long and dropped, {reencoded} re-encoded"
+    )
+
+
 def main() -> None:
     parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
     (settings,) = parser.parse_args_into_dataclasses()
@@ -188,60 +230,35 @@ def main() -> None:
 
     dataset, notes = read_dataset(settings.dataset, made_by="python DataProcess/tldr_data_process.py")
     tokenizer, causal = load_reward_tokenizer(settings.reward_model)
-    frame = causal_frame(tokenizer) if causal else pair_frame(tokenizer)
-    template = notes.get("template", "{post}")
-
-    pairs, entries = DatasetDict(), DatasetDict()
-    for split, count in (
-        ("train", settings.num_comparisons),
-        ("validation", settings.num_validation_comparisons),
-    ):
-        chosen_rows = choose_comparisons(dataset[split], count, settings.seed)
-        pairs[split] = chosen_rows.map(
-            encode_pairs,
-            batched=True,
-            batch_size=256,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "frame": frame,
-                "causal": causal,
-                "template": template,
-                "max_length": settings.max_length,
-            },
-            remove_columns=chosen_rows.column_names,
-            features=PAIR_FEATURES,
-            desc=f"{split}: encoding prefixes",
-        )
-        entries[split] = pairs[split].map(
-            list_entries,
-            batched=True,
-            with_indices=True,
-            remove_columns=pairs[split].column_names,
-            features=ENTRY_FEATURES,
-            desc=f"{split}: listing entries",
-        )
-        if not len(entries[split]):
-            fail(f"no prefix of split {split!r} fits into --max_length {settings.max_length}")
-
-    how = {
-        "reward_model": settings.reward_model,
+    encoding = {
+        "tokenizer": tokenizer,
+        "frame": causal_frame(tokenizer) if causal else pair_frame(tokenizer),
         "causal": causal,
-        "template": template,
+        "template": notes.get("template", "{post}"),
         "max_length": settings.max_length,
-        "seed": settings.seed,
-        "segment_ids": "token_type_ids" in tokenizer.model_input_names and not causal,
-        "frame": frame.to_json(),
     }
-    save_dataset({".": entries, "pairs": pairs}, how, settings.output)
 
-    print(f"\nwrote {settings.output}/ for {settings.reward_model}")
-    for split in entries:
-        reencoded = sum(map(len, chain(pairs[split]["chosen_reencoded"], pairs[split]["rejected_reencoded"])))
-        print(
-            f"  {split:<10} {len(entries[split]):>9} prefix pairs of {len(pairs[split])} comparisons; "
-            f"{sum(pairs[split]['num_dropped'])} dropped over {settings.max_length} tokens, "
-            f"{reencoded} re-encoded"
-        )
+    counts = {"train": settings.num_comparisons, "validation": settings.num_validation_comparisons}
+    pairs, entries = DatasetDict(), DatasetDict()
+    with TemporaryDirectory() as cache_dir:
+        for split, count in counts.items():
+            rows = choose_comparisons(dataset[split], count, settings.seed)
+            pairs[split], entries[split] = build_split(rows, split, encoding, cache_dir)
+
+        how = {
+            "reward_model": settings.reward_model,
+            "causal": causal,
+            "template": encoding["template"],
+            "max_length": settings.max_length,
+            "seed": settings.seed,
+            "segment_ids": "token_type_ids" in tokenizer.model_input_names and not causal,
+            "frame": encoding["frame"].to_json(),
+        }
+        save_dataset({".": entries, "pairs": pairs}, how, settings.output)
+
+        print(f"\nwrote {settings.output}/ for {settings.reward_model}")
+        for split in counts:
+            print(summary_line(split, pairs[split], entries[split]))
     print("next: python partial_reward_training/tldr_partial_reward_model.py")
 
 

@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import load_from_disk
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from reward_scoring import (
     CachedGuide,
     RereadingGuide,
@@ -42,6 +42,7 @@ from reward_scoring import (
 from text_encoding import decode_texts, encode_prompts, start_ids
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -163,20 +164,35 @@ def check_settings(settings: Settings) -> None:
     unknown = [method for method in settings.methods if method not in METHODS]
     if unknown or not settings.methods:
         fail(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown) or 'nothing'}")
-    for name in ("k", "max_new_tokens", "best_of"):
-        if getattr(settings, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    for name, least in (("k", 1), ("max_new_tokens", 1), ("best_of", 1), ("num_prompts", 0)):
+        if getattr(settings, name) < least:
+            fail(f"--{name} must be at least {least}, not {getattr(settings, name)}")
+
+
+def check_models(settings: Settings) -> None:
+    """Every model that the methods need is there: better said now than after hours of decoding."""
+    roles = {"evaluation_reward_model": None}
+    for method in settings.methods:
+        roles |= dict.fromkeys((METHODS[method].policy, METHODS[method].guide))
+        if METHODS[method].best_of:
+            roles["full_reward_model"] = None
+
+    for role in filter(None, roles):
+        name = getattr(settings, role) or settings.full_reward_model
+        try:
+            (PeftConfig if Path(name, "adapter_config.json").exists() else AutoConfig).from_pretrained(name)
+        except Exception as error:
+            fail(f"cannot load {name!r}: {error}; {MADE_BY.get(role, f'name another with --{role}')}")
 
 
 def load_prompts(settings: Settings) -> tuple[list[str], list[str | None], str]:
     """Prompts, their references (None where there is none) and the template they were built from."""
-    if settings.prompts:
-        return *read_own_prompts(settings.prompts), "{post}"
-
+    sidecar = Path(settings.dataset, "processing.json")
     try:
-        test = load_from_disk(settings.dataset)["test"]
-        sidecar = Path(settings.dataset, "processing.json")
         template = json.loads(sidecar.read_text())["template"] if sidecar.exists() else "{post}"
+        if settings.prompts:
+            return *read_own_prompts(settings.prompts), template
+        test = load_from_disk(settings.dataset)["test"]
         prompts, references = test["prompt"], test["reference"]
     except Exception as error:
         fail(
@@ -232,7 +248,7 @@ def choose_token_budget(settings: Settings, device: torch.device) -> int:
 
 
 @lru_cache(maxsize=1)
-def load_policy(name: str, dtype: torch.dtype, device: torch.device, made_by: str) -> Policy:
+def load_policy(name: str, dtype: torch.dtype, device: torch.device) -> Policy:
     """Load a causal language model, or an adapter and its base merged."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -243,7 +259,9 @@ def load_policy(name: str, dtype: torch.dtype, device: torch.device, made_by: st
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:
-        fail(f"cannot load the policy {name!r}: {error}; {made_by}")
+        fail(f"cannot load the policy {name!r}: {error}")
+    if not tokenizer.is_fast:
+        fail(f"the policy {name!r} has no fast tokenizer, which decoding needs")
 
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
@@ -446,7 +464,7 @@ def decode_method(
     how, device = METHODS[method], PartialState().device
     dtype = choose_dtype(settings.dtype, device)
     name = getattr(settings, how.policy)
-    policy = load_policy(name, dtype, device, MADE_BY.get(how.policy, f"name another with --{how.policy}"))
+    policy = load_policy(name, dtype, device)
 
     samples = getattr(settings, how.best_of) if how.best_of else 1
     start, room = start_ids(policy.tokenizer), policy.max_length - settings.max_new_tokens
@@ -454,7 +472,7 @@ def decode_method(
         fail(f"{name!r} reads {policy.max_length} tokens: no prompt fits beside --max_new_tokens")
     encoded = encode_prompts(policy.tokenizer, prompts, template)
     cut = sum(len(start) + len(ids) > room for ids in encoded)
-    if cut:
+    if cut and is_main():
         print(f"{method}: {cut} prompts are longer than {name!r} can read and lose their beginning")
     encoded = [start + ids[-(room - len(start)) :] for ids in encoded]
     rows = [
@@ -490,7 +508,6 @@ def get_reward_model(role: str, settings: Settings) -> RewardModel:
         choose_dtype(settings.dtype, device),
         device,
         choose_token_budget(settings, device),
-        MADE_BY.get(role, f"name another with --{role}"),
     )
 
 
@@ -620,21 +637,31 @@ def collect_rewards(prompts: list[str], references: list[float | None]) -> pd.Da
     return table
 
 
-def claim_directory(settings: Settings, overwrite: bool) -> None:
+def claim_directory(settings: Settings, prompts: list[str], overwrite: bool) -> None:
     """Refuse to mix two experiments in one directory: the settings of the first are kept beside its files."""
     free = ("methods", "trace", "token_budget", "cache_gb", "overwrite")
     ours = {key: value for key, value in asdict(settings).items() if key not in free}
+    ours["prompts_digest"] = blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     path = Path("decoding_settings.json")
     files = [*Path().glob("generation_*.json"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
 
-    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (
+        OSError,
+        ValueError,
+    ):  # none, or none that can be read: whatever lies here is not known to be ours
+        theirs = {}
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if differing and overwrite:
         for file in files:
             file.unlink(missing_ok=True)
     elif differing and any(file.exists() for file in files):
         changes = ", ".join(f"{key} (was {theirs.get(key)!r}, is {ours[key]!r})" for key in differing)
-        fail(f"this directory holds results of other settings: {changes}; use another, or --overwrite")
+        fail(
+            f"this directory holds results of {'other' if theirs else 'unknown'} settings: {changes}; "
+            "use another directory, or --overwrite"
+        )
     write_whole(str(path), json.dumps(ours, indent=1, ensure_ascii=False))
 
 
@@ -647,10 +674,11 @@ def main() -> None:
     (settings,) = parser.parse_args_into_dataclasses()
     check_settings(settings)
     # Said outright, or processes without a GPU would not find each other.
-    PartialState(cpu=not torch.accelerator.is_available())
+    PartialState(cpu=not torch.cuda.is_available())
     prompts, references, template = load_prompts(settings)
+    check_models(settings)
     if is_main():
-        claim_directory(settings, settings.overwrite)
+        claim_directory(settings, prompts, settings.overwrite)
 
     for method in settings.methods:
         results = run_method(method, prompts, template, settings)

@@ -64,14 +64,15 @@ def load_reward_model(
     dtype: torch.dtype,
     device: torch.device,
     token_budget: int,
-    made_by: str,
 ) -> RewardModel:
     """Load a trained reward model; exits where it is missing, has no trained head or not one output."""
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        fail(f"cannot load the reward model {name!r}: {error}; {made_by}")
+        fail(f"cannot load the reward model {name!r}: {error}")
+    if not tokenizer.is_fast:
+        fail(f"the reward model {name!r} has no fast tokenizer, which decoding needs")
     if not any("SequenceClassification" in kind for kind in config.architectures or []):
         fail(f"{name!r} is no trained reward model: it is a {(config.architectures or ['nameless'])[0]}")
     if config.num_labels != 1:
@@ -82,7 +83,7 @@ def load_reward_model(
             name, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
-        fail(f"cannot load the weights of the reward model {name!r}: {error}; {made_by}")
+        fail(f"cannot load the weights of the reward model {name!r}: {error}")
     if loading["missing_keys"]:
         fail(f"{name!r} is no trained reward model: it has no weights for {sorted(loading['missing_keys'])}")
 
@@ -327,8 +328,8 @@ class CachedGuide:
 
 def can_cache(reward_model: RewardModel, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether candidates can share a cache: the policy's ids, and attention over the whole prefix."""
-    layer_types = getattr(reward_model.model.config, "layer_types", None) or []
-    sliding = any(kind != "full_attention" for kind in layer_types)
+    layers = DynamicCache(config=reward_model.model.config).layers
+    sliding = any(layer.is_sliding for layer in layers)
     return reward_model.shares_ids_with(policy_tokenizer) and not sliding
 
 

@@ -76,7 +76,7 @@ def sample_by_quarter(
     picked = [
         generator.permutation(candidates[quarters == quarter])[: num_entries // 4] for quarter in range(4)
     ]
-    return entries.select(np.sort(np.concatenate(picked)))
+    return entries.select(np.sort(np.concatenate(picked)), keep_in_memory=True)
 
 
 @dataclass

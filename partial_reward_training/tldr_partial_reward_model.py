@@ -9,6 +9,7 @@ in one pass, so it is trained on whole comparisons: the same loss, averaged over
     python partial_reward_training/tldr_partial_reward_model.py
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ class Settings(RewardConfig, ModelConfig):
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate the model as it came, too."})
     eval_comparisons: int = field(default=128, metadata={"help": "Validation comparisons to evaluate on."})
     eval_entries: int = field(
-        default=1024, metadata={"help": "Their entries, as many from each quarter of the response."}
+        default=1024,
+        metadata={"help": "Their entries, as many from each quarter; a causal model is evaluated on all."},
     )
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Prefix pairs an evaluation step."})
 
@@ -113,18 +115,26 @@ class PrefixRewardTrainer(RewardTrainer):
 
 
 class AllPrefixRewardTrainer(PrefixRewardTrainer):
-    """The same loss for a causal model: one pass over a comparison scores all its entries."""
+    """The same loss for a causal model: one pass over comparisons, averaged over their entries."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         read_out = inputs.pop("read_out")  # [2 * batch, longest], -1 where there is no entry
+        quarters = inputs.pop("quarters")  # [entries]
+        with token_rewards(self.accelerator.unwrap_model(model)) as at_tokens:
+            model(**inputs, use_cache=False)
+        by_length = at_tokens[0].squeeze(-1).gather(1, read_out.clamp(min=0))  # [2 * batch, longest]
+        rewards = by_length[read_out >= 0]  # [2 * entries]
+        chosen, rejected = rewards.chunk(2)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
-        def score_all_prefixes(**model_inputs: Any) -> SequenceClassifierOutput:
-            with token_rewards(self.accelerator.unwrap_model(model)) as rewards:
-                model(**model_inputs)
-            by_length = rewards[0].squeeze(-1).gather(1, read_out.clamp(min=0))  # [2 * batch, longest]
-            return SequenceClassifierOutput(logits=by_length[read_out >= 0].unsqueeze(-1))
-
-        return super().compute_loss(score_all_prefixes, inputs, return_outputs, num_items_in_batch)
+        # TRL's own bookkeeping gathers the rewards, and every process has another number of entries.
+        correct = (chosen > rejected).float()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["accuracy"].append(correct.mean().item())
+        metrics["margin"].append((chosen - rejected).mean().item())
+        if not self.model.training:
+            self._count_by_quarter(correct, quarters)
+        return (loss, SequenceClassifierOutput(logits=rewards.unsqueeze(-1))) if return_outputs else loss
 
 
 @contextmanager
@@ -183,8 +193,9 @@ def load_entries(settings: Settings) -> tuple[Dataset, Dataset, dict]:
         fail(f"{settings.dataset!r} is no prefix dataset; make it with `{made_by}`")
 
     if how["causal"]:
-        whole = pairs.filter(lambda lengths: len(lengths) > 0, input_columns="lengths")
-        held_out = whole["validation"].shuffle(seed=settings.seed)
+        # In memory: `datasets` would leave cache files in the artifact it reads.
+        whole = pairs.filter(lambda lengths: len(lengths) > 0, input_columns="lengths", keep_in_memory=True)
+        held_out = whole["validation"].shuffle(seed=settings.seed, keep_in_memory=True)
         return whole["train"], held_out.select(range(min(settings.eval_comparisons, len(held_out)))), how
 
     held_out = sample_by_quarter(
@@ -204,6 +215,12 @@ def load_entries(settings: Settings) -> tuple[Dataset, Dataset, dict]:
 
 def make_trainer(settings: Settings) -> RewardTrainer:
     train, held_out, how = load_entries(settings)
+    if settings.max_length != how["max_length"]:
+        fail(
+            f"{settings.dataset!r} was made with --max_length {how['max_length']}, "
+            f"not {settings.max_length}; "
+            "make it anew with `python DataProcess/tldr_data_process_partial.py`"
+        )
     tokenizer = load_tokenizer(settings, how["reward_model"])
 
     settings.model_init_kwargs = {
@@ -236,6 +253,9 @@ def save_reward_model(trainer: RewardTrainer, settings: Settings) -> None:
     """Write the whole model (adapter merged) and its tokenizer beside the checkpoints."""
     output_dir = Path(settings.output_dir)
     written = output_dir / ".writing"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(written, ignore_errors=True)  # an interrupted run may have left one
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(written))
     if not trainer.is_world_process_zero():
         return

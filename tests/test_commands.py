@@ -167,17 +167,32 @@ def test_what_is_missing_is_named_with_the_command(tmp_path, script, arguments, 
         ({"partial_reward_model": "absent"}, "python partial_reward_training/tldr_partial_reward_model.py"),
         ({"dpo_policy": "absent"}, "python DPO_training/GPT2_large_DPO_tldr.py"),
         ({"policy": "absent"}, "--policy"),
-        ({"partial_reward_model": "gpt2"}, "is no trained reward model: it is a GPT2LMHeadModel"),
+        ({"full_reward_model": "absent"}, "--full_reward_model"),
     ],
 )
-def test_missing_models_are_named_with_the_command(small_models, prompts, capsys, settings, said):
-    names = {key: small_models.get(value, value) for key, value in settings.items()}
-    every = Settings(**{"policy": small_models["gpt2"], "max_new_tokens": 2, **names})
-    method = "DPO" if "dpo_policy" in settings else "PARGS"
+def test_missing_models_are_named_with_the_command(small_models, capsys, settings, said):
+    """Before anything is decoded, and before --overwrite drops anything."""
+    names = {
+        "policy": small_models["gpt2"],
+        "dpo_policy": small_models["gpt2"],
+        "ppo_policy": small_models["gpt2"],
+        "full_reward_model": small_models["bert"],
+        "evaluation_reward_model": small_models["bert"],
+        "partial_reward_model": small_models["bert"],
+    }
+    PARGS_baselines.check_models(Settings(**names))
     with pytest.raises(SystemExit) as stopped:
-        PARGS_baselines.decode_method(method, prompts, "{post}", every)
+        PARGS_baselines.check_models(Settings(**names | settings))
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_language_model_is_no_reward_model(small_models, prompts, capsys):
+    settings = Settings(policy=small_models["gpt2"], partial_reward_model=small_models["gpt2"])
+    with pytest.raises(SystemExit) as stopped:
+        PARGS_baselines.decode_method("PARGS", prompts, "{post}", settings)
+    assert stopped.value.code == 2
+    assert "is no trained reward model: it is a GPT2LMHeadModel" in capsys.readouterr().err
 
 
 def test_own_prompts_and_their_errors(tmp_path, capsys):
@@ -216,19 +231,27 @@ def test_test_prompts_are_drawn_by_seed(tmp_path, monkeypatch, hub_directory):
 
 def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    claim_directory(Settings(k=10), overwrite=False)
+    claim_directory(Settings(k=10), ["p"], overwrite=False)
     Path("generation_args.json").write_text("[]")
-    claim_directory(Settings(k=10, methods=["PARGS"]), overwrite=False)
+    claim_directory(Settings(k=10, methods=["PARGS"]), ["p"], overwrite=False)
     with pytest.raises(SystemExit) as stopped:
-        claim_directory(Settings(k=5), overwrite=False)
+        claim_directory(Settings(k=5), ["p"], overwrite=False)
     assert stopped.value.code == 2
     assert "k (was 10, is 5)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        claim_directory(Settings(k=10), ["other prompts"], overwrite=False)
+    assert "prompts_digest" in capsys.readouterr().err
 
-    claim_directory(Settings(k=5), overwrite=True)
+    Path("decoding_settings.json").rename("elsewhere.json")
+    with pytest.raises(SystemExit):
+        claim_directory(Settings(k=10), ["p"], overwrite=False)
+    assert "unknown settings" in capsys.readouterr().err
+
+    claim_directory(Settings(k=5), ["p"], overwrite=True)
     assert not Path("generation_args.json").exists()
     assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
 
 
 def test_end_tokens_are_those_of_the_policy(small_models):
-    policy = load_policy(small_models["llama"], PARGS_baselines.torch.float32, "cpu", "")
+    policy = load_policy(small_models["llama"], PARGS_baselines.torch.float32, "cpu")
     assert policy.eos_ids == {policy.tokenizer.eos_token_id}

@@ -302,7 +302,7 @@ def test_long_entries_are_dropped_and_counted(here, monkeypatch, small_models, c
     prompt = len(tokenizer("POST: keys\nTL;DR:", add_special_tokens=False)["input_ids"])
     entries, _ = make_entries(monkeypatch, small_models["bert"], "--max_length", str(prompt + 3 + 3))
     assert [len(entries[at]["rejected_input_ids"]) - prompt - 3 for at in range(len(entries))] == [1, 2, 3]
-    assert "1 dropped over" in capsys.readouterr().out
+    assert "1 too long and dropped" in capsys.readouterr().out
 
     with pytest.raises(SystemExit):
         make_entries(monkeypatch, small_models["bert"], "--max_length", "4")

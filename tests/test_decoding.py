@@ -134,7 +134,7 @@ def test_fast_path_writes_the_reference_tokens(folders, prompts, policy_name, re
 def test_guides_are_chosen_by_the_reward_model(folders):
     for policy_name, reward_name in PAIRS:
         settings = make_settings(folders, policy_name, reward_name)
-        policy = load_policy(settings.policy, torch.float32, torch.device("cpu"), "")
+        policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
         guide = make_guide(METHODS["ARGS"], policy, TEMPLATE, settings)
         assert type(guide) is (CachedGuide if reward_name.endswith("-reward") else RereadingGuide)
 
@@ -186,7 +186,7 @@ def test_sampled_tokens_follow_the_tilted_distribution(folders, method, weight, 
     """k = 50 is more than the vocabulary of 8, so everything can be drawn."""
     prompt, draws = "POST: cat\nTL;DR:", 4000
     settings = make_settings(folders, "words", "words-reward", k=k, max_new_tokens=1)
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"), "")
+    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
     prompt_ids = policy.tokenizer(prompt)["input_ids"]
     rows = [Row(prompt, prompt_ids, sample) for sample in range(draws)]
     guide = make_guide(METHODS[method], policy, TEMPLATE, settings) if METHODS[method].guide else None
@@ -301,7 +301,7 @@ def test_rewards_in_files_are_those_of_the_finished_response(folders, prompts, r
 def test_read_out_is_by_length_where_pad_is_eos(folders):
     """A batch of responses that end in EOS, padded with EOS: the reward is the one read at the EOS."""
     reward_model = load_reward_model(
-        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=10_000, made_by=""
+        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=10_000
     )
     assert reward_model.tokenizer.pad_token_id in (None, reward_model.tokenizer.eos_token_id)
     eos = reward_model.tokenizer.eos_token_id
@@ -319,9 +319,9 @@ def test_read_out_is_by_length_where_pad_is_eos(folders):
 def test_references_and_own_responses_are_encoded_alike(folders, prompts):
     """For a causal reward model, text given and the same text written by the policy score the same."""
     settings = make_settings(folders, "gpt2", "gpt2-reward")
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"), "")
+    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
     reward_model = load_reward_model(
-        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=1000, made_by=""
+        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=1000
     )
     text = " my sister sold my bike"
     row = Row(prompts[0], [], 0, ids=policy.tokenizer(text)["input_ids"])
@@ -333,9 +333,7 @@ def test_references_and_own_responses_are_encoded_alike(folders, prompts):
 
 
 def test_long_prompts_lose_their_beginning_and_keep_room(folders):
-    reward_model = load_reward_model(
-        folders["bert"], torch.float32, torch.device("cpu"), token_budget=1000, made_by=""
-    )
+    reward_model = load_reward_model(folders["bert"], torch.float32, torch.device("cpu"), token_budget=1000)
     long = list(range(5, 305))
     kept = reward_scoring.fit_prompt(reward_model, long, response_length=3, reserved=11)
     assert kept == long[-(256 - 3 - 11) :]
