@@ -647,11 +647,8 @@ def claim_directory(settings: Settings, prompts: list[str], overwrite: bool) -> 
 
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-    ):  # none, or none that can be read: whatever lies here is not known to be ours
-        theirs = {}
+    except (OSError, ValueError):
+        theirs = {}  # none that can be read, so whatever lies here is not known to be ours
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if differing and overwrite:
         for file in files:

@@ -126,6 +126,8 @@ class AllPrefixRewardTrainer(PrefixRewardTrainer):
         rewards = by_length[read_out >= 0]  # [2 * entries]
         chosen, rejected = rewards.chunk(2)
         loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
 
         # TRL's own bookkeeping gathers the rewards, and every process has another number of entries.
         correct = (chosen > rejected).float()
