@@ -7,11 +7,13 @@ Writes  generation_{args,pargs,pargs_g,bestn,top_k,dpo,ppo}.json and baseline_re
 At each token the policy proposes its top k; guided methods add w times the reward of each continuation to
 its log-probability and take the best, or sample. All prompts decode together, yet what is written for one
 does not depend on the others: its random numbers belong to (seed, method, prompt, sample, step) alone.
+What is finished is kept as it goes: the same command goes on after a run that was killed.
 
     python PARGS_decode/PARGS_baselines.py
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,9 +24,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import load_from_disk
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import PeftConfig
+from policy_loading import Policy, load_policy
+from progress import Progress, prompt_key
 from reward_scoring import (
     CachedGuide,
     RereadingGuide,
@@ -33,9 +37,9 @@ from reward_scoring import (
     can_cache,
     encode_written,
     fail,
+    fit_pair,
     left_pad,
     load_reward_model,
-    longest_input,
     positions,
     score_pairs,
 )
@@ -43,8 +47,6 @@ from text_encoding import decode_texts, encode_prompts, start_ids
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     HfArgumentParser,
     PreTrainedModel,
@@ -91,7 +93,7 @@ class Settings:
     seed: int = field(default=42, metadata={"help": "Which test prompts, and all sampling."})
 
     overwrite: bool = field(
-        default=False, metadata={"help": "Replace the results of other settings in this directory."}
+        default=False, metadata={"help": "Decode anew, replacing the results in this directory."}
     )
     trace: bool = field(default=False, metadata={"help": "Keep every step's candidates and rewards."})
     dtype: str = field(
@@ -100,6 +102,10 @@ class Settings:
             "help": "Precision of the models; auto is float16 on a GPU and float32 on a CPU.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "auto spreads a policy that is too large for one GPU over all of them."},
     )
     token_budget: int = field(
         default=0, metadata={"help": "Tokens that a reward model reads at once; 0 fits it to the device."}
@@ -138,14 +144,6 @@ MADE_BY = {
 
 
 @dataclass
-class Policy:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: set[int]
-    max_length: int
-
-
-@dataclass
 class Row:
     """One response being written: the `sample`-th of a prompt."""
 
@@ -169,20 +167,49 @@ def check_settings(settings: Settings) -> None:
             fail(f"--{name} must be at least {least}, not {getattr(settings, name)}")
 
 
-def check_models(settings: Settings) -> None:
-    """Every model that the methods need is there: better said now than after hours of decoding."""
+def check_models(settings: Settings) -> dict[str, str | None]:
+    """Every model that the methods need is there: better said now than after hours of decoding.
+
+    Returns for each role (a setting's name) what tells its model from a later one of the same name.
+    """
     roles = {"evaluation_reward_model": None}
     for method in settings.methods:
         roles |= dict.fromkeys((METHODS[method].policy, METHODS[method].guide))
         if METHODS[method].best_of:
             roles["full_reward_model"] = None
 
+    identities = {}
     for role in filter(None, roles):
         name = getattr(settings, role) or settings.full_reward_model
         try:
-            (PeftConfig if Path(name, "adapter_config.json").exists() else AutoConfig).from_pretrained(name)
+            config = (
+                PeftConfig if Path(name, "adapter_config.json").exists() else AutoConfig
+            ).from_pretrained(name)
         except Exception as error:
             fail(f"cannot load {name!r}: {error}; {MADE_BY.get(role, f'name another with --{role}')}")
+
+        vocabulary = getattr(config, "vocab_size", settings.k)
+        if role.endswith("policy") and settings.k > vocabulary:
+            fail(f"--k {settings.k} is more than the {vocabulary} tokens that {name!r} knows")
+        identities[role] = folder_digest(name) or getattr(config, "_commit_hash", None)
+    return identities
+
+
+def folder_digest(name: str) -> str | None:
+    """A digest of a model's folder, of whose large files blocks are read; None for a hub name."""
+    if not Path(name).is_dir():
+        return None
+    digest = blake2b(digest_size=8)
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix not in (".safetensors", ".bin", ".json"):
+            continue
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(4096, size // 64)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def load_prompts(settings: Settings) -> tuple[list[str], list[str | None], str]:
@@ -220,7 +247,8 @@ def read_own_prompts(path: str) -> tuple[list[str], list[str | None]]:
         try:
             row = json.loads(line)
             prompt, reference = row["prompt"], row.get("reference")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            f"{prompt}{reference}".encode()  # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             fail(f'{path}, line {number} is not a JSON object with a "prompt" ({error!r})')
         if not isinstance(prompt, str) or not prompt.strip() or not isinstance(reference, str | None):
             fail(f'{path}, line {number}: "prompt" must be text, and "reference" text or absent')
@@ -245,29 +273,6 @@ def choose_token_budget(settings: Settings, device: torch.device) -> int:
     if device.type != "cuda":
         return 4096
     return 65536 if torch.cuda.get_device_properties(device).total_memory < 40e9 else 262144
-
-
-@lru_cache(maxsize=1)
-def load_policy(name: str, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load a causal language model, or an adapter and its base merged."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if Path(name, "adapter_config.json").exists():
-            # Merged in full precision, so that nothing of a small update is rounded away.
-            adapted = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-            model = adapted.merge_and_unload().to(dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except Exception as error:
-        fail(f"cannot load the policy {name!r}: {error}")
-    if not tokenizer.is_fast:
-        fail(f"the policy {name!r} has no fast tokenizer, which decoding needs")
-
-    eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    return Policy(
-        model.to(device).eval(), tokenizer, eos_ids - {None}, longest_input(model.config, tokenizer)
-    )
 
 
 # Choosing a token
@@ -315,12 +320,11 @@ def decode_wave(
     settings: Settings,
     method: str,
     guide: RereadingGuide | CachedGuide | None,
-    progress: tqdm | None = None,
-) -> None:
+) -> Iterator[list[Row]]:
     """Write the responses of `rows` together, in place; the rows of a prompt's samples stand side by side.
 
-    Rows that end leave the batch at once. A step waits for the device once, where the tokens chosen in the
-    step before and the new candidates are fetched together.
+    Yields after each step the rows that ended with it; they leave the batch at once. A step waits for the
+    device once, where the tokens chosen in the step before and the new candidates are fetched together.
     """
     how, device = METHODS[method], policy.model.device
     weight = getattr(settings, how.weight) if how.weight else 0.0
@@ -342,16 +346,17 @@ def decode_wave(
         fetched = fetched.tolist()
 
         if chosen is not None:
-            kept = [at for at, row in enumerate(rows) if not append_token(policy, row, fetched[at].pop())]
-            if progress:  # a row that ends early saves the tokens it could still have had
-                progress.update(len(rows) + (len(rows) - len(kept)) * (settings.max_new_tokens - step))
+            ended = {at for at, row in enumerate(rows) if append_token(policy, row, fetched[at].pop())}
+            yield [rows[at] for at in sorted(ended)]
+            kept = [at for at in range(len(rows)) if at not in ended]
             if not kept:
                 return
-            if len(kept) < len(rows):
+            if ended:
                 rows, fetched = [rows[at] for at in kept], [fetched[at] for at in kept]
                 index = torch.tensor(kept, device=device)
                 candidates, log_probs, mask = candidates[index], log_probs[index], mask[index]
-                past_key_values.batch_select_indices(index)
+                # The layers of a spread policy lie on several devices; an index on the host suits all.
+                past_key_values.batch_select_indices(index.cpu() if settings.device_map else index)
                 if guide:
                     guide.keep(kept)
 
@@ -378,8 +383,7 @@ def decode_wave(
 
     for row, token in zip(rows, chosen.tolist(), strict=True):
         append_token(policy, row, token)
-    if progress:
-        progress.update(len(rows))
+    yield rows
 
 
 def forward(
@@ -458,15 +462,18 @@ def cache_bytes(model: PreTrainedModel) -> int:
 
 
 def decode_method(
-    method: str, prompts: list[str], template: str, settings: Settings
+    method: str, prompts: list[str], template: str, settings: Settings, progress: Progress | None = None
 ) -> tuple[list[Row], PreTrainedTokenizerBase]:
-    """All responses of one method, `samples` of each prompt side by side, and the policy's tokenizer."""
+    """All responses of one method, `samples` of each prompt side by side, and the policy's tokenizer.
+
+    What `progress` has found is taken over, and what ends is added to it.
+    """
     how, device = METHODS[method], PartialState().device
     dtype = choose_dtype(settings.dtype, device)
     name = getattr(settings, how.policy)
-    policy = load_policy(name, dtype, device)
+    policy = load_policy(name, dtype, device, settings.device_map)
 
-    samples = getattr(settings, how.best_of) if how.best_of else 1
+    samples = num_samples(method, settings)
     start, room = start_ids(policy.tokenizer), policy.max_length - settings.max_new_tokens
     if room <= len(start):
         fail(f"{name!r} reads {policy.max_length} tokens: no prompt fits beside --max_new_tokens")
@@ -481,12 +488,45 @@ def decode_method(
         for sample in range(samples)
     ]
 
-    guide = make_guide(how, policy, template, settings) if how.guide else None
-    most = len(rows) * settings.max_new_tokens
-    with tqdm(total=most, desc=f"{method:<7}", unit="token", disable=not is_main()) as progress:
-        for wave in waves(rows, samples, policy, guide, settings):
-            decode_wave(policy, wave, samples, settings, method, guide, progress)
+    unwritten = take_over(rows, samples, progress) if progress else rows
+
+    guide = make_guide(how, policy, template, settings) if how.guide and unwritten else None
+    most, ended = settings.max_new_tokens, len(rows) - len(unwritten)
+    with tqdm(total=len(rows) * most, desc=f"{method:<7}", unit="token", disable=not is_main()) as bar:
+        for wave in waves(unwritten, samples, policy, guide, settings):
+            writing = len(wave)
+            for step, done in enumerate(decode_wave(policy, wave, samples, settings, method, guide), start=1):
+                if progress:
+                    progress.add([record_of(row) for row in done])
+                # A row that ends early saves the tokens it could still have had.
+                writing, ended = writing - len(done), ended + len(done)
+                bar.update(ended * most + writing * step - bar.n)
     return rows, policy.tokenizer
+
+
+def num_samples(method: str, settings: Settings) -> int:
+    best_of = METHODS[method].best_of
+    return getattr(settings, best_of) if best_of else 1
+
+
+def record_of(row: Row) -> dict:
+    kept = {"ids": row.ids, "finish_reason": row.finish_reason, "steps": row.steps}
+    return {"prompt": prompt_key(row.prompt), "sample": row.sample, **kept}
+
+
+def take_over(rows: list[Row], samples: int, progress: Progress) -> list[Row]:
+    """Fill in the responses that were finished before; returns the rows of prompts that are not whole."""
+    found = {(r["prompt"], r["sample"]): r for r in progress.found if "ids" in r}
+    unwritten = []
+    for at in range(0, len(rows), samples):
+        group = rows[at : at + samples]
+        records = [found.get((prompt_key(row.prompt), row.sample)) for row in group]
+        if None in records:
+            unwritten += group
+            continue
+        for row, record in zip(group, records, strict=True):
+            row.ids, row.finish_reason, row.steps = record["ids"], record["finish_reason"], record["steps"]
+    return unwritten
 
 
 def make_guide(
@@ -524,48 +564,90 @@ def pick_best(
     """Of each prompt's samples the one that the full reward model likes best, the first of equals."""
     reward_model = get_reward_model("full_reward_model", settings)
     prompts = [row.prompt for row in rows]
-    written = [finished_response(row, reward_model, tokenizer) for row in rows]
+    written = finished_responses(rows, reward_model, tokenizer)
     rewards = score_pairs(
         reward_model,
         encode_prompts(reward_model.tokenizer, prompts, template),
         encode_written(reward_model, prompts, written),
         reserved=settings.max_new_tokens + 1,
     )
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        check_reward(reward, prompt, reward_model)
     best = rewards.view(len(rows) // samples, samples).argmax(1).tolist()
     return [rows[group * samples + sample] for group, sample in enumerate(best)]
 
 
-def finished_response(row: Row, reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> Written:
+def finished_responses(
+    rows: list[Row], reward_model: RewardModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Written]:
     """What is delivered counts as finished, whatever ended it."""
-    ids = row.ids if reward_model.shares_ids_with(tokenizer) else None
-    return Written(decode_texts(tokenizer, [row.ids])[0], True, ids)
+    keep_ids = reward_model.shares_ids_with(tokenizer)
+    texts = decode_texts(tokenizer, [row.ids for row in rows])
+    return [Written(text, True, row.ids if keep_ids else None) for row, text in zip(rows, texts, strict=True)]
+
+
+def check_reward(reward: float, prompt: str, reward_model: RewardModel) -> None:
+    if not math.isfinite(reward):
+        fail(f"{reward_model.name!r} gives a reward of {reward} after the prompt {prompt[:200]!r}")
 
 
 def evaluate(
-    reward_model: RewardModel, prompts: list[str], written: list[Written], template: str, reserved: int
+    reward_model: RewardModel,
+    prompts: list[str],
+    written: list[Written],
+    template: str,
+    reserved: int,
+    progress: Progress | None = None,
+    title: str = "responses",
 ) -> list[float]:
     """Rewards of finished responses to 4 decimals, one at a time so that none depends on its batch."""
     prompt_ids = encode_prompts(reward_model.tokenizer, prompts, template)
     response_ids = encode_written(reward_model, prompts, written)
-    rewards = [
-        score_pairs(reward_model, [prompt], [response], reserved).item()
-        for prompt, response in zip(prompt_ids, response_ids, strict=True)
-    ]
-    return [round(reward, 4) for reward in rewards]
+    found = {r["prompt"]: r["reward"] for r in progress.found if "reward" in r} if progress else {}
+    report_cut(reward_model, prompt_ids, response_ids, reserved, title)
+
+    rewards = []
+    pairs = zip(prompts, prompt_ids, response_ids, strict=True)
+    for prompt, *pair in tqdm(pairs, f"{title:<7} scores", len(prompts), disable=not is_main()):
+        reward = found.get(prompt_key(prompt))
+        if reward is None:
+            reward = round(score_pairs(reward_model, *([ids] for ids in pair), reserved).item(), 4)
+            check_reward(reward, prompt, reward_model)
+            if progress:
+                progress.add([{"prompt": prompt_key(prompt), "reward": reward}])
+        rewards.append(reward)
+    return rewards
 
 
-def run_method(method: str, prompts: list[str], template: str, settings: Settings) -> list[dict]:
+def report_cut(
+    reward_model: RewardModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    reserved: int,
+    title: str,
+) -> None:
+    """Say how many pairs, of all processes, a reward model could not read whole."""
+    pairs = zip(prompts, responses, strict=True)
+    cut = sum(fit_pair(reward_model, *pair, reserved) != pair for pair in pairs)
+    cut = sum(gather_object([cut]))
+    if cut and is_main():
+        print(f"{title}: {cut} pairs are longer than {reward_model.name!r} can read and were cut")
+
+
+def run_method(
+    method: str, prompts: list[str], template: str, settings: Settings, progress: Progress | None = None
+) -> list[dict]:
     """Decode and score one method; every process does its share and all get the whole, in order."""
-    state = PartialState()
-    mine = list(range(len(prompts)))[state.process_index :: state.num_processes]
-    rows, tokenizer = decode_method(method, [prompts[at] for at in mine], template, settings)
+    mine = share(len(prompts))
+    rows, tokenizer = decode_method(method, [prompts[at] for at in mine], template, settings, progress)
 
     if METHODS[method].best_of:
-        rows = pick_best(rows, settings.best_of, tokenizer, template, settings)
+        rows = pick_best(rows, num_samples(method, settings), tokenizer, template, settings)
     reward_model = get_reward_model("evaluation_reward_model", settings)
-    written = [finished_response(row, reward_model, tokenizer) for row in rows]
+    written = finished_responses(rows, reward_model, tokenizer)
+    reserved = settings.max_new_tokens + 1
     rewards = evaluate(
-        reward_model, [row.prompt for row in rows], written, template, settings.max_new_tokens + 1
+        reward_model, [row.prompt for row in rows], written, template, reserved, progress, method
     )
 
     results = [
@@ -579,24 +661,36 @@ def run_method(method: str, prompts: list[str], template: str, settings: Setting
         }
         for row, response, reward in zip(rows, written, rewards, strict=True)
     ]
+    return gather_in_order(mine, results)
+
+
+def share(count: int) -> range:
+    """Which of `count` prompts this process works on."""
+    return range(PartialState().process_index, count, PartialState().num_processes)
+
+
+def gather_in_order(mine: range, results: list) -> list:
+    """What all processes made of their shares, in the order of the prompts."""
     gathered = dict(gather_object(list(zip(mine, results, strict=True))))
-    return [gathered[at] for at in range(len(prompts))]
+    return [gathered[at] for at in range(len(gathered))]
 
 
 def score_references(
     prompts: list[str], references: list[str | None], template: str, settings: Settings
 ) -> list[float | None]:
     """Rewards of the human references, None where there is none."""
-    given = [at for at, reference in enumerate(references) if reference is not None]
+    mine = share(len(prompts))
+    given = [at for at in mine if references[at] is not None]
     rewards = evaluate(
         get_reward_model("evaluation_reward_model", settings),
         [prompts[at] for at in given],
         [Written(references[at], True) for at in given],
         template,
         settings.max_new_tokens + 1,
+        title="reference",
     )
     scored = dict(zip(given, rewards, strict=True))
-    return [scored.get(at) for at in range(len(references))]
+    return gather_in_order(mine, [scored.get(at) for at in mine])
 
 
 def file_stem(method: str) -> str:
@@ -614,52 +708,105 @@ def write_whole(path: str, text: str) -> None:
         fail(f"cannot write {path!r}: {error}")
 
 
-def save_method(method: str, results: list[dict], traced: bool) -> None:
-    stem = file_stem(method)
-    rows = [{key: value for key, value in result.items() if key != "steps"} for result in results]
-    write_whole(f"generation_{stem}.json", json.dumps(rows, indent=1, ensure_ascii=False))
+def trace_path(method: str) -> Path:
+    return Path(f"trace_{file_stem(method)}.jsonl")
 
+
+def save_method(method: str, results: list[dict], traced: bool) -> None:
+    """Write the results last: a method with results is a finished one."""
     if traced:
         lines = (
             json.dumps({"prompt": r["prompt"], "steps": r["steps"]}, ensure_ascii=False) for r in results
         )
-        write_whole(f"trace_{stem}.jsonl", "".join(line + "\n" for line in lines))
+        write_whole(str(trace_path(method)), "".join(line + "\n" for line in lines))
+
+    rows = [{key: value for key, value in result.items() if key != "steps"} for result in results]
+    write_whole(f"generation_{file_stem(method)}.json", json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def read_method(method: str, prompts: list[str]) -> list[dict] | None:
+    """The results of `method` in this directory; None where there are none for these prompts."""
+    try:
+        rows = json.loads(Path(f"generation_{file_stem(method)}.json").read_text(encoding="utf-8"))
+        return rows if [row["prompt"] for row in rows] == prompts else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def is_done(method: str, prompts: list[str], settings: Settings) -> bool:
+    """Whether an earlier run of these settings, which the directory is claimed for, finished the method."""
+    lacks_trace = settings.trace and METHODS[method].guide and not trace_path(method).exists()
+    return not lacks_trace and read_method(method, prompts) is not None
+
+
+def methods_left(prompts: list[str], settings: Settings) -> list[str]:
+    """The methods that are not done, as the main process sees it: machines need not share a disk."""
+    left = []
+    for method in settings.methods:
+        if not is_done(method, prompts, settings):
+            left.append(method)
+        elif is_main():
+            print(f"{method}: done before, see generation_{file_stem(method)}.json")
+    return broadcast_object_list([left])[0]
 
 
 def collect_rewards(prompts: list[str], references: list[float | None]) -> pd.DataFrame:
-    """One row a prompt; a column for each method whose file is here, and the references'."""
+    """One row a prompt; a column for each method whose results are here, and the references'."""
     table = pd.DataFrame({"prompt": prompts})
     for method in METHODS:
-        path = Path(f"generation_{file_stem(method)}.json")
-        if path.exists():
-            table[method] = [row["reward"] for row in json.loads(path.read_text(encoding="utf-8"))]
+        results = read_method(method, prompts)
+        if results is not None:
+            table[method] = [row["reward"] for row in results]
     table["reference"] = references
     return table
 
 
-def claim_directory(settings: Settings, prompts: list[str], overwrite: bool) -> None:
-    """Refuse to mix two experiments in one directory: the settings of the first are kept beside its files."""
-    free = ("methods", "trace", "token_budget", "cache_gb", "overwrite")
+def claim_directory(settings: Settings, prompts: list[str], models: dict[str, str | None]) -> None:
+    """Refuse to mix two experiments in one directory: the settings of the first are kept beside its files.
+
+    `models` are the identities of the models to be used; a model that was retrained is another setting.
+    """
+    free = ("methods", "trace", "device_map", "token_budget", "cache_gb", "overwrite")
     ours = {key: value for key, value in asdict(settings).items() if key not in free}
     ours["prompts_digest"] = blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     path = Path("decoding_settings.json")
-    files = [*Path().glob("generation_*.json"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
+    files = [*Path().glob("generation_*.json*"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
 
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        theirs = {}  # none that can be read, so whatever lies here is not known to be ours
-    differing = [key for key in ours if theirs.get(key) != ours[key]]
-    if differing and overwrite:
+        known = theirs.pop("models", {})
+    except (OSError, ValueError, AttributeError):
+        theirs, known = {}, {}  # none that can be read, so whatever lies here is not known to be ours
+    changes = [
+        f"{key} (was {theirs.get(key)!r}, is {ours[key]!r})" for key in ours if theirs.get(key) != ours[key]
+    ]
+    changes += [
+        f"the model of --{role} (it was trained anew or replaced)"
+        for role in models.keys() & known.keys()
+        if models[role] != known[role]
+    ]
+
+    if settings.overwrite:
         for file in files:
-            file.unlink(missing_ok=True)
-    elif differing and any(file.exists() for file in files):
-        changes = ", ".join(f"{key} (was {theirs.get(key)!r}, is {ours[key]!r})" for key in differing)
+            if changes or file.name in result_files(settings):
+                file.unlink(missing_ok=True)
+        known = {} if changes else known
+    elif changes and any(file.exists() for file in files):
         fail(
-            f"this directory holds results of {'other' if theirs else 'unknown'} settings: {changes}; "
-            "use another directory, or --overwrite"
+            f"this directory holds results of {'other' if theirs else 'unknown'} settings: "
+            f"{', '.join(changes)}; use another directory, or --overwrite"
         )
-    write_whole(str(path), json.dumps(ours, indent=1, ensure_ascii=False))
+    write_whole(str(path), json.dumps({**ours, "models": known | models}, indent=1, ensure_ascii=False))
+
+
+def result_files(settings: Settings) -> set[str]:
+    """What the methods of this run leave behind, finished or not."""
+    names = {"baseline_results.csv"}
+    for method in settings.methods:
+        stem = file_stem(method)
+        names |= {f"generation_{stem}.json", trace_path(method).name}
+        names |= {path.name for path in Path().glob(f"generation_{stem}.progress-*.jsonl")}
+    return names
 
 
 def is_main() -> bool:
@@ -673,17 +820,22 @@ def main() -> None:
     # Said outright, or processes without a GPU would not find each other.
     PartialState(cpu=not torch.cuda.is_available())
     prompts, references, template = load_prompts(settings)
-    check_models(settings)
+    models = check_models(settings)
     if is_main():
-        claim_directory(settings, prompts, settings.overwrite)
+        claim_directory(settings, prompts, models)
 
-    for method in settings.methods:
-        results = run_method(method, prompts, template, settings)
+    left = methods_left(prompts, settings)
+    for earlier, method in zip([None, *left], left, strict=False):
+        if earlier and METHODS[earlier].policy != METHODS[method].policy:
+            load_policy.cache_clear()  # the one policy goes before the other comes
+        progress = Progress(f"generation_{file_stem(method)}")
+        results = run_method(method, prompts, template, settings, progress)
         if is_main():
             save_method(method, results, settings.trace and METHODS[method].guide is not None)
+        progress.drop()
 
+    rewards = score_references(prompts, references, template, settings)
     if is_main():
-        rewards = score_references(prompts, references, template, settings)
         table = collect_rewards(prompts, rewards)
         write_whole("baseline_results.csv", table.to_csv(index=False))
 

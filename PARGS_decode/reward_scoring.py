@@ -25,12 +25,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
 def fail(message: str) -> NoReturn:
     """Print one error line and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def warn_of_pickle(name: str) -> None:
+    """Say once that a checkpoint has no safetensors; torch then reads its pickle with `weights_only=True`."""
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if not any(cached_file(name, file, **quiet) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        print(f"warning: {name!r} is a pickle file; only its weights are read", file=sys.stderr)
 
 
 @dataclass
@@ -78,6 +89,7 @@ def load_reward_model(
     if config.num_labels != 1:
         fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
 
+    warn_of_pickle(name)
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, output_loading_info=True
@@ -126,12 +138,19 @@ def encode_written(reward_model: RewardModel, prompts: list[str], written: list[
     return [ids + eos * response.finished for ids, response in zip(own, written, strict=True)]
 
 
-def fit_prompt(
-    reward_model: RewardModel, prompt_ids: list[int], response_length: int, reserved: int
-) -> list[int]:
-    """The end of a prompt that leaves room for `reserved` response tokens, or for more where there are."""
-    room = reward_model.max_length - reward_model.frame.num_special - max(response_length, reserved)
-    return prompt_ids[-room:] if room > 0 else []
+def fit_pair(
+    reward_model: RewardModel, prompt_ids: list[int], response_ids: list[int], reserved: int
+) -> tuple[list[int], list[int]]:
+    """What the model can read of a pair: the prompt loses its beginning.
+
+    Room is kept for `reserved` response tokens. A response that leaves none loses its end, not its EOS.
+    """
+    room = reward_model.max_length - reward_model.frame.num_special
+    if len(response_ids) > room:
+        ends = response_ids[-1] == reward_model.tokenizer.eos_token_id
+        response_ids = response_ids[: room - ends] + response_ids[-1:] * ends
+    room -= max(len(response_ids), reserved)
+    return prompt_ids[-room:] if room > 0 else [], response_ids
 
 
 @torch.inference_mode()
@@ -140,12 +159,9 @@ def score_pairs(
 ) -> torch.Tensor:
     """Rewards [n] of n (prompt ids, response ids) pairs, read in micro-batches of similar length."""
     frame, device = reward_model.frame, reward_model.model.device
-    fitted = [
-        fit_prompt(reward_model, prompt, len(response), reserved)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    inputs = [frame.ids(prompt, response) for prompt, response in zip(fitted, responses, strict=True)]
-    segments = [frame.segments(prompt, response) for prompt, response in zip(fitted, responses, strict=True)]
+    pairs = [fit_pair(reward_model, *pair, reserved) for pair in zip(prompts, responses, strict=True)]
+    inputs = [frame.ids(*pair) for pair in pairs]
+    segments = [frame.segments(*pair) for pair in pairs]
 
     rewards = torch.empty(len(inputs), dtype=torch.float32, device=device)
     order = sorted(range(len(inputs)), key=lambda at: len(inputs[at]), reverse=True)
@@ -260,7 +276,7 @@ class CachedGuide:
         device = self.reward_model.model.device
         encoded = encode_prompts(self.reward_model.tokenizer, prompts, self.template)
         fitted = [
-            self.reward_model.frame.ids(fit_prompt(self.reward_model, ids, 0, self.reserved), [])
+            self.reward_model.frame.ids(*fit_pair(self.reward_model, ids, [], self.reserved))
             for ids in encoded
         ]
         input_ids, self.mask = (tensor.to(device) for tensor in left_pad(fitted))

@@ -231,23 +231,23 @@ def test_test_prompts_are_drawn_by_seed(tmp_path, monkeypatch, hub_directory):
 
 def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    claim_directory(Settings(k=10), ["p"], overwrite=False)
+    claim_directory(Settings(k=10), ["p"], {})
     Path("generation_args.json").write_text("[]")
-    claim_directory(Settings(k=10, methods=["PARGS"]), ["p"], overwrite=False)
+    claim_directory(Settings(k=10, methods=["PARGS"]), ["p"], {})
     with pytest.raises(SystemExit) as stopped:
-        claim_directory(Settings(k=5), ["p"], overwrite=False)
+        claim_directory(Settings(k=5), ["p"], {})
     assert stopped.value.code == 2
     assert "k (was 10, is 5)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        claim_directory(Settings(k=10), ["other prompts"], overwrite=False)
+        claim_directory(Settings(k=10), ["other prompts"], {})
     assert "prompts_digest" in capsys.readouterr().err
 
     Path("decoding_settings.json").rename("elsewhere.json")
     with pytest.raises(SystemExit):
-        claim_directory(Settings(k=10), ["p"], overwrite=False)
+        claim_directory(Settings(k=10), ["p"], {})
     assert "unknown settings" in capsys.readouterr().err
 
-    claim_directory(Settings(k=5), ["p"], overwrite=True)
+    claim_directory(Settings(k=5, overwrite=True), ["p"], {})
     assert not Path("generation_args.json").exists()
     assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
 

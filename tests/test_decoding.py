@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import reward_scoring
 import torch
 from conftest import save
 from PARGS_baselines import (
@@ -15,7 +14,7 @@ from PARGS_baselines import (
     decode_method,
     decode_wave,
     evaluate,
-    finished_response,
+    finished_responses,
     load_policy,
     make_guide,
     pick_best,
@@ -24,7 +23,14 @@ from PARGS_baselines import (
     uniform,
 )
 from reference import assert_same_tokens, reference_response, reference_reward
-from reward_scoring import CachedGuide, RereadingGuide, Written, load_reward_model, score_pairs
+from reward_scoring import (
+    CachedGuide,
+    RereadingGuide,
+    Written,
+    fit_pair,
+    load_reward_model,
+    score_pairs,
+)
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -190,7 +196,8 @@ def test_sampled_tokens_follow_the_tilted_distribution(folders, method, weight, 
     prompt_ids = policy.tokenizer(prompt)["input_ids"]
     rows = [Row(prompt, prompt_ids, sample) for sample in range(draws)]
     guide = make_guide(METHODS[method], policy, TEMPLATE, settings) if METHODS[method].guide else None
-    decode_wave(policy, rows, draws, settings, method, guide)
+    for _ in decode_wave(policy, rows, draws, settings, method, guide):
+        pass
 
     reward_model = AutoModelForSequenceClassification.from_pretrained(folders["words-reward"]).eval()
     log_probs = policy.model(torch.tensor([prompt_ids])).logits[0, -1].log_softmax(-1)
@@ -325,7 +332,7 @@ def test_references_and_own_responses_are_encoded_alike(folders, prompts):
     )
     text = " my sister sold my bike"
     row = Row(prompts[0], [], 0, ids=policy.tokenizer(text)["input_ids"])
-    own = finished_response(row, reward_model, policy.tokenizer)
+    (own,) = finished_responses([row], reward_model, policy.tokenizer)
     assert own.ids is not None
     given = Written(text, finished=True)
     rewards = evaluate(reward_model, [prompts[0]] * 2, [own, given], TEMPLATE, reserved=11)
@@ -335,10 +342,19 @@ def test_references_and_own_responses_are_encoded_alike(folders, prompts):
 def test_long_prompts_lose_their_beginning_and_keep_room(folders):
     reward_model = load_reward_model(folders["bert"], torch.float32, torch.device("cpu"), token_budget=1000)
     long = list(range(5, 305))
-    kept = reward_scoring.fit_prompt(reward_model, long, response_length=3, reserved=11)
-    assert kept == long[-(256 - 3 - 11) :]
-    assert reward_scoring.fit_prompt(reward_model, long, 40, 11) == long[-(256 - 3 - 40) :]
-    assert reward_scoring.fit_prompt(reward_model, long[:20], 3, 11) == long[:20]
+    room = 256 - reward_model.frame.num_special
+
+    def fit(prompt_ids, response_ids):
+        return fit_pair(reward_model, prompt_ids, response_ids, reserved=11)
+
+    assert fit(long, [1, 2, 3]) == (long[-(room - 11) :], [1, 2, 3])
+    assert fit(long, long[:40]) == (long[-(room - 40) :], long[:40])
+    assert fit(long[:20], [1, 2, 3]) == (long[:20], [1, 2, 3])
+    assert fit(long, long) == ([], long[:room])
+
+    causal = load_reward_model(folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=1000)
+    eos = [causal.tokenizer.eos_token_id]
+    assert fit_pair(causal, long, long + eos, reserved=11) == ([], long[:255] + eos)
 
     settings = make_settings(folders, "gpt2", "bert", max_new_tokens=3)
     post = "POST: " + "my sister sold my bike and " * 60 + "\nTL;DR:"

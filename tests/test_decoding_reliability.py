@@ -1,0 +1,298 @@
+"""Decoding that is killed, out of disk, given broken files, shared out: nothing lost, nothing silent."""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_posts, save
+from forked import Run, run
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+SCRIPT = "PARGS_decode/PARGS_baselines.py"
+METHODS = ["ARGS", "PARGS", "BESTN", "TOP-K"]
+
+
+@pytest.fixture
+def flags(small_models, tmp_path) -> list[str]:
+    """Twelve prompts in four methods, an encoder and a causal guide, a few prompts a wave."""
+    with open(tmp_path / "prompts.jsonl", "w") as file:
+        for post, good, _ in make_posts(12, 3):
+            file.write(json.dumps({"prompt": f"POST: {post}\nTL;DR:", "reference": " " + good}) + "\n")
+    models = {
+        "policy": "gpt2",
+        "full_reward_model": "deberta",
+        "partial_reward_model": "gpt2-reward",
+        "dpo_policy": "gpt2",
+        "ppo_policy": "llama",
+    }
+    named = [part for role, name in models.items() for part in (f"--{role}", small_models[name])]
+    return [
+        *("--prompts", str(tmp_path / "prompts.jsonl"), "--methods", *METHODS, *named),
+        *("--max_new_tokens", "8", "--k", "5", "--best_of", "3", "--cache_gb", "0.0005", "--trace"),
+    ]
+
+
+def make_directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def replace_flag(flags: list[str], name: str, value: str) -> list[str]:
+    at = flags.index(name)
+    return [*flags[: at + 1], value, *flags[at + 2 :]]
+
+
+def assert_refused(done: tuple[int, str], *said: str) -> None:
+    status, output = done
+    assert status == 2, output
+    assert "Traceback" not in output and output.count("error:") == 1
+    for text in said:
+        assert text in output
+
+
+def bytes_kept(directory: Path) -> int:
+    """How much a run has put down; it grows until the run has ended."""
+    return sum(path.stat().st_size for path in directory.glob("generation_*"))
+
+
+# Kills
+
+
+def test_killed_runs_end_in_the_files_of_one_that_never_was(flags, tmp_path):
+    """Twenty SIGKILLs at random moments; whatever was finished before one is not decoded again."""
+    status, output = run(SCRIPT, flags, make_directory(tmp_path / "whole"))
+    assert status == 0, output
+    expected = files_of(tmp_path / "whole")
+    assert {f"generation_{name}.json" for name in ("args", "pargs", "bestn", "top_k")} <= set(expected)
+
+    moments = random.Random(0)
+    kills = runs = went_on = 0
+    directory = make_directory(tmp_path / "0")
+    while kills < 20:
+        started = Run(SCRIPT, flags, directory)
+        if kills % 2:  # every other one is sure to have decoded something
+            seen = bytes_kept(directory)
+            while started.process.is_alive() and bytes_kept(directory) == seen:
+                time.sleep(0.005)
+        if started.kill_after(moments.uniform(0, 1)):
+            kills += 1
+            went_on += bytes_kept(directory) > 0
+        else:
+            assert started.finish()[0] == 0, started.finish()[1]
+            assert files_of(directory) == expected
+            runs += 1
+            directory = make_directory(tmp_path / str(runs))
+
+    assert run(SCRIPT, flags, directory)[0] == 0
+    assert files_of(directory) == expected
+    assert went_on >= 10
+
+
+def test_what_is_finished_is_not_decoded_again(flags, tmp_path):
+    """A record that was altered comes through: it was read, not decoded anew."""
+    directory = make_directory(tmp_path / "run")
+    started = Run(SCRIPT, flags, directory)
+    progress = directory / "generation_args.progress-0.jsonl"
+    while not (progress.exists() and progress.read_bytes().count(b"\n") >= 3):
+        assert started.process.is_alive()
+    started.kill_after(0)
+
+    first, *others = progress.read_text().lstrip().splitlines(keepends=True)
+    record = json.loads(first)
+    record["ids"] = record["ids"][:1]
+    torn = others[-1][:20]
+    progress.write_text(json.dumps(record) + "\n" + "not json\n" + "".join(others[:-1]) + torn)
+
+    assert run(SCRIPT, flags, directory)[0] == 0
+    results = json.loads((directory / "generation_args.json").read_text())
+    assert sorted(row["num_tokens"] for row in results)[0] == 1
+    assert not list(directory.glob("*.progress-*"))
+
+
+def test_a_finished_method_is_left_alone_until_overwrite(flags, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    assert run(SCRIPT, flags, directory)[0] == 0
+    path = directory / "generation_args.json"
+    expected = files_of(directory)
+    altered = json.loads(path.read_text())
+    altered[0]["result"] = " altered"
+    path.write_text(json.dumps(altered))
+
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 0 and "ARGS: done before" in output
+    assert json.loads(path.read_text())[0]["result"] == " altered"
+
+    path.write_text(path.read_text()[:-30])  # what is not whole is no result
+    assert run(SCRIPT, flags, directory)[0] == 0
+    assert path.read_bytes() == expected["generation_args.json"]
+
+    path.write_text(json.dumps(altered))
+    assert run(SCRIPT, [*flags, "--overwrite"], directory)[0] == 0
+    assert files_of(directory) | {"decoding_settings.json": b""} == expected | {"decoding_settings.json": b""}
+
+
+def test_other_settings_or_a_retrained_model_are_refused(flags, small_models, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    guide = shutil.copytree(small_models["gpt2-reward"], tmp_path / "guide")
+    flags = replace_flag(flags, "--partial_reward_model", str(guide))
+    started = Run(SCRIPT, flags, directory)
+    while not list(directory.glob("*.progress-*")):
+        assert started.process.is_alive()
+    started.kill_after(0)
+    before = files_of(directory)
+
+    assert_refused(run(SCRIPT, replace_flag(flags, "--k", "4"), directory), "k (was 5, is 4)", "--overwrite")
+    other = replace_flag(flags, "--policy", small_models["llama"])
+    assert_refused(run(SCRIPT, other, directory), "policy (was")
+
+    model = AutoModelForSequenceClassification.from_pretrained(guide)
+    model.score.weight.data += 1
+    model.save_pretrained(guide)
+    assert_refused(run(SCRIPT, flags, directory), "the model of --partial_reward_model")
+    assert files_of(directory) == before
+
+
+# Broken models and input
+
+
+@pytest.fixture
+def broken(small_models, tmp_path):
+    """Copy a small model, to be damaged."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(small_models[name], tmp_path / f"broken-{name}"))
+
+    return copy
+
+
+def test_truncated_weights_are_named(flags, broken, tmp_path):
+    for flag, name in (("--policy", "gpt2"), ("--full_reward_model", "deberta")):
+        folder = broken(name)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        directory = make_directory(tmp_path / name)
+        assert_refused(run(SCRIPT, replace_flag(flags, flag, str(folder)), directory), str(folder))
+        assert not list(directory.glob("generation_*.json"))
+
+
+def test_reward_model_with_two_labels_is_refused(flags, broken, tmp_path):
+    folder = broken("bert")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(folder)
+    directory = make_directory(tmp_path / "run")
+    assert_refused(
+        run(SCRIPT, replace_flag(flags, "--full_reward_model", str(folder)), directory), "2 labels"
+    )
+
+
+def test_adapter_of_another_model_is_refused(flags, small_models, tmp_path):
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(small_models["gpt2"])
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(small_models["gpt2"]).save_pretrained(adapter)
+    deeper = AutoModelForCausalLM.from_config(
+        type(model.config)(**model.config.to_diff_dict() | {"n_layer": 3})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2"])
+    flags = [*replace_flag(flags, "--dpo_policy", str(adapter)), "--methods", "DPO"]
+
+    for name, base in (
+        ("deeper", save(deeper, tokenizer, tmp_path / "deeper")),
+        ("llama", small_models["llama"]),
+    ):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        assert_refused(run(SCRIPT, flags, make_directory(tmp_path / f"on-{name}")), "cannot load the policy")
+
+
+def test_more_candidates_than_tokens_are_refused(flags, tmp_path):
+    refused = run(SCRIPT, replace_flag(flags, "--k", "100000"), make_directory(tmp_path / "run"))
+    assert_refused(refused, "--k 100000 is more than the")
+
+
+def test_pickled_weights_are_read_as_weights_alone(flags, broken, tmp_path):
+    folder = broken("gpt2")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    flags = [*replace_flag(flags, "--policy", str(folder)), "--methods", "TOP-K"]
+    directory = make_directory(tmp_path / "run")
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 0, output
+    assert output.count("warning:") == 1 and "pickle" in output
+
+    torch.save({"lm_head.weight": Opens(str(tmp_path / "sentinel"))}, folder / "pytorch_model.bin")
+    directory = make_directory(tmp_path / "hostile")
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 2 and "Traceback" not in output
+    assert not (tmp_path / "sentinel").exists()
+
+
+class Opens:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_extreme_prompts_are_decoded(flags, small_models, tmp_path):
+    """Huge, foreign, full of special tokens, all the same: what does not fit loses its beginning, counted."""
+    posts = [
+        "long " * 20_000,
+        "Мой сосед 我的邻居 😀🏳️‍🌈",
+        "<|endoftext|> [SEP] [CLS] <sep>" * 3,
+        "a" * 100_000,
+        "\x00\u202e",
+    ]
+    with open(tmp_path / "prompts.jsonl", "w") as file:
+        for post in posts:
+            file.write(json.dumps({"prompt": f"POST: {post}\nTL;DR:", "reference": f" {post}"}) + "\n")
+    directory = make_directory(tmp_path / "run")
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 0, output
+    assert "2 prompts are longer than" in output and "reference: 2 pairs are longer than" in output
+    results = json.loads((directory / "generation_args.json").read_text())
+    assert len(results) == len(posts) and all(row["num_tokens"] for row in results)
+
+
+def test_lone_surrogates_are_refused_with_their_line(flags, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "\\ud800"}\n')
+    assert_refused(run(SCRIPT, flags, make_directory(tmp_path / "run")), "line 2")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_infinite_final_reward_is_named_with_its_prompt(flags, broken, tmp_path):
+    folder = broken("llama-reward")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.score.weight.data[:] = torch.inf
+    model.save_pretrained(folder)
+    flags = [*flags, "--methods", "TOP-K", "--evaluation_reward_model", str(folder)]
+    directory = make_directory(tmp_path / "run")
+    assert_refused(run(SCRIPT, flags, directory), "POST:", "gives a reward of")
+    assert not list(directory.glob("generation_*.json"))
+
+
+def test_truncated_dataset_is_named_with_its_command(flags, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    directory = make_directory(tmp_path / "run")
+    rows = [{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)]
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(directory / "summarize_from_feedback")
+    (arrow,) = directory.rglob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-300])
+    refused = run(SCRIPT, flags[2:], directory)
+    assert_refused(refused, "python DataProcess/tldr_data_process.py")
