@@ -107,6 +107,9 @@ class Settings:
         default=None,
         metadata={"help": "auto spreads a policy that is too large for one GPU over all of them."},
     )
+    fast_attention: bool = field(
+        default=True, metadata={"help": "Use requirements-gpu.txt for DeBERTa, where it is installed."}
+    )
     token_budget: int = field(
         default=0, metadata={"help": "Tokens that a reward model reads at once; 0 fits it to the device."}
     )
@@ -271,7 +274,7 @@ def choose_token_budget(settings: Settings, device: torch.device) -> int:
     if settings.token_budget:
         return settings.token_budget
     if device.type != "cuda":
-        return 4096
+        return 1024
     return 65536 if torch.cuda.get_device_properties(device).total_memory < 40e9 else 262144
 
 
@@ -548,6 +551,7 @@ def get_reward_model(role: str, settings: Settings) -> RewardModel:
         choose_dtype(settings.dtype, device),
         device,
         choose_token_budget(settings, device),
+        settings.fast_attention,
     )
 
 

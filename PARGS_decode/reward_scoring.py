@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+from fast_attention import use_fast_attention
 from pair_frame import PairFrame, causal_frame, pair_frame
 from text_encoding import decode_texts, encode_prompts, encode_responses, encode_texts
 from torch.nn.utils.rnn import pad_sequence
@@ -75,6 +76,7 @@ def load_reward_model(
     dtype: torch.dtype,
     device: torch.device,
     token_budget: int,
+    fast_attention: bool = True,
 ) -> RewardModel:
     """Load a trained reward model; exits where it is missing, has no trained head or not one output."""
     try:
@@ -105,9 +107,13 @@ def load_reward_model(
     )
     if causal and not hasattr(model, "score"):
         fail(f"{name!r} ({type(model).__name__}) has no `score` head over all tokens")
+    model = model.to(device).eval()
+    used = use_fast_attention(model) if fast_attention else None
+    if used:
+        print(f"{name}: {used}", file=sys.stderr)
     return RewardModel(
         name,
-        model.to(device).eval(),
+        model,
         tokenizer,
         frame=causal_frame(tokenizer) if causal else pair_frame(tokenizer),
         causal=causal,
@@ -166,8 +172,7 @@ def score_pairs(
     rewards = torch.empty(len(inputs), dtype=torch.float32, device=device)
     order = sorted(range(len(inputs)), key=lambda at: len(inputs[at]), reverse=True)
     while order:
-        # The first is the longest, so it sets the width of the micro-batch.
-        count = max(1, reward_model.token_budget // max(1, len(inputs[order[0]])))
+        count = micro_batch_size([len(inputs[at]) for at in order], reward_model.token_budget)
         batch, rest = order[:count], order[count:]
         try:
             rewards[batch] = read_batch(
@@ -181,6 +186,19 @@ def score_pairs(
             continue
         order = rest
     return rewards
+
+
+def micro_batch_size(lengths: list[int], token_budget: int) -> int:
+    """How many sequences, the longest first, to read at once: within the budget and with little padding.
+
+    Once a batch is worth a pass, one that is shorter than nine tenths of the longest waits for the next.
+    """
+    width = max(1, lengths[0])
+    most = min(len(lengths), max(1, token_budget // width))
+    for count in range(max(1, token_budget // 8 // width), most):
+        if lengths[count] < 0.9 * width:
+            return count
+    return most
 
 
 def read_batch(reward_model: RewardModel, inputs: list[list[int]], segments: list[list[int]]) -> torch.Tensor:

@@ -29,15 +29,18 @@ def reference_response(
     causal: bool = False,
     weight: float = 0.0,
     uniforms=None,
+    eos: int | None = None,
 ) -> list[Step]:
-    """Write one response; `uniforms(step)` gives the random number of a step, None decodes greedily."""
+    """Write one response, ended by `eos` where one is given.
+
+    `uniforms(step)` gives the random number of a step, None decodes greedily.
+    """
     prompt_ids = policy_tokenizer(prompt)["input_ids"]
-    eos = policy_tokenizer.eos_token_id
     response, steps = [], []
 
     for step in range(max_new_tokens):
-        logits = policy(torch.tensor([prompt_ids + response])).logits[0, -1]
-        log_probs = logits.log_softmax(-1).tolist()
+        logits = policy(torch.tensor([prompt_ids + response], device=policy.device)).logits[0, -1]
+        log_probs = logits.float().log_softmax(-1).tolist()
         by_probability = sorted(range(len(log_probs)), key=lambda token: (-log_probs[token], token))
 
         scores = []
@@ -85,15 +88,15 @@ def reference_reward(model, tokenizer, causal, policy_tokenizer, prompt: str, re
     if causal:
         ids = policy_tokenizer(prompt)["input_ids"] + response
         base = getattr(model, model.base_model_prefix)
-        return model.score(base(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+        return model.score(base(torch.tensor([ids], device=model.device)).last_hidden_state[0, -1]).item()
 
     text = policy_tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     # As a batch of one: a single call takes an empty text for no text at all.
-    inputs = tokenizer([prompt], [text], split_special_tokens=True, return_tensors="pt")
+    inputs = tokenizer([prompt], [text], split_special_tokens=True, return_tensors="pt").to(model.device)
     return model(**inputs).logits[0, 0].item()
 
 
-def assert_same_tokens(steps: list[Step], tokens: list[int], eos: int, finished: bool) -> int:
+def assert_same_tokens(steps: list[Step], tokens: list[int], eos: int | None, finished: bool) -> int:
     """The fast path wrote the reference's tokens, up to a step where another choice was as good.
 
     Returns how many steps were compared.

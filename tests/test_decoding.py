@@ -29,6 +29,7 @@ from reward_scoring import (
     Written,
     fit_pair,
     load_reward_model,
+    micro_batch_size,
     score_pairs,
 )
 from scipy.stats import chisquare
@@ -124,6 +125,7 @@ def test_fast_path_writes_the_reference_tokens(folders, prompts, policy_name, re
             prompt,
             settings.k,
             settings.max_new_tokens,
+            eos=policy_tokenizer.eos_token_id,
             reward_model=reward_model if how.guide else None,
             reward_tokenizer=AutoTokenizer.from_pretrained(folders[reward_name]),
             causal=reward_name.endswith("-reward"),
@@ -321,6 +323,15 @@ def test_read_out_is_by_length_where_pad_is_eos(folders):
             together[at], reward_model.model.score(hidden)[0], rtol=0, atol=1e-4, check_dtype=False
         )
     assert len({round(reward, 3) for reward in together.tolist()}) == 3
+
+
+def test_micro_batches_hold_little_padding():
+    assert micro_batch_size([100] * 50, token_budget=1000) == 10
+    assert micro_batch_size([100] * 4, token_budget=1000) == 4
+    assert micro_batch_size([100, 100, 95, 89, 89], token_budget=1000) == 3
+    # A batch below an eighth of the budget is not worth a pass of its own.
+    assert micro_batch_size([100, 50, 50, 50], token_budget=1600) == 2
+    assert micro_batch_size([5000, 50], token_budget=1000) == 1
 
 
 def test_references_and_own_responses_are_encoded_alike(folders, prompts):

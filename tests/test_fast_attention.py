@@ -1,0 +1,248 @@
+"""Fast attention of DeBERTa reward models: kept where it computes the same, never needed."""
+
+import copy
+import functools
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+from fast_attention import switch_attention, use_fast_attention
+from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config
+from transformers import DebertaV2ForSequenceClassification as DebertaV2
+
+
+def deberta() -> DebertaV2:
+    """A small DeBERTa-v3 in half precision, whose attention and positions matter."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        num_labels=1,
+        relative_attention=True,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+    )
+    return DebertaV2(config).half().eval()
+
+
+@pytest.fixture
+def model() -> DebertaV2:
+    return deberta()
+
+
+@torch.inference_mode()
+def padded_rewards(model: torch.nn.Module, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Rewards [batch] of random tokens, right-padded."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(300, (len(lengths), max(lengths)), generator=generator)
+    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    return model(**inputs).logits.squeeze(-1).float().cpu()
+
+
+class StandInEncoder(torch.nn.Module):
+    """Not the package's encoder: the eager one, behind the package's rule of one prepared length a time."""
+
+    def __init__(self, encoder: torch.nn.Module, lengths: list[int]):
+        super().__init__()
+        self.encoder = encoder
+        self.lengths = lengths
+        self.active = lengths[0]
+
+    def activate_shape(self, length: int) -> "StandInEncoder":
+        if length not in self.lengths:
+            raise ValueError(f"{length} was not prepared")
+        self.active = length
+        return self
+
+    def forward(self, hidden_states: torch.Tensor, *inputs, **options):
+        if hidden_states.shape[1] != self.active:
+            raise ValueError(f"active length {self.active}, input length {hidden_states.shape[1]}")
+        return self.encoder(hidden_states, *inputs, **options)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Installs a stand-in for the package: `change` is what its copy of each attention does differently."""
+
+    def install(change) -> None:
+        def optimize_deberta(backbone: torch.nn.Module, sequence_lengths: range) -> None:
+            for layer in backbone.encoder.layer:
+                layer.attention.self = copy.deepcopy(layer.attention.self)
+                change(layer.attention.self)
+            backbone.encoder = StandInEncoder(backbone.encoder, list(sequence_lengths))  # in place, as theirs
+
+        package, tuning = (
+            types.ModuleType("disentangled_flash"),
+            types.ModuleType("disentangled_flash.tuning"),
+        )
+        package.__spec__ = ModuleSpec("disentangled_flash", loader=None)
+        package.optimize_deberta, package.__version__ = optimize_deberta, "stand-in"
+        tuning.TUNING_SEQUENCE_LENGTHS = (48, 96)
+        monkeypatch.setitem(sys.modules, "disentangled_flash", package)
+        monkeypatch.setitem(sys.modules, "disentangled_flash.tuning", tuning)
+
+    return install
+
+
+def same(attention: torch.nn.Module) -> None:
+    pass
+
+
+def without_positions(attention: torch.nn.Module) -> None:
+    attention.relative_attention = False
+
+
+def positions_off_by_one(attention: torch.nn.Module) -> None:
+    bias = attention.disentangled_attention_bias
+    attention.disentangled_attention_bias = lambda query, key, position, *rest: bias(
+        query, key, position + 1, *rest
+    )
+
+
+def padding_read(attention: torch.nn.Module) -> None:
+    forward = attention.forward
+    attention.forward = lambda states, mask, *rest, **options: forward(
+        states, torch.ones_like(mask), *rest, **options
+    )
+
+
+def nothing_but_nan(attention: torch.nn.Module) -> None:
+    attention.value_proj.weight.data.fill_(torch.nan)
+
+
+def breaks_in_use(attention: torch.nn.Module) -> None:
+    def forward(*inputs, **options):
+        raise RuntimeError("out of resources:\nshared memory, required 1, limit 0")
+
+    attention.forward = forward
+
+
+def assert_kept_as_it_was(model: DebertaV2, message: str, capsys) -> None:
+    """One warning, and the very modules and rewards of a model nothing was done to."""
+    expected = padded_rewards(deberta(), (40, 23))
+    encoder = model.deberta.encoder
+    attentions = [layer.attention.self for layer in encoder.layer]
+    capsys.readouterr()
+
+    assert switch_attention(model) is None
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: no fast attention") and message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert model.deberta.encoder is encoder
+    assert [layer.attention.self for layer in encoder.layer] == attentions
+    assert torch.equal(padded_rewards(model, (40, 23)), expected)
+
+
+def test_a_package_that_computes_the_same_is_used_at_every_length(model, stand_in, capsys):
+    expected = [padded_rewards(model, lengths) for lengths in [(64, 40), (3, 1), (17, 17, 9)]]
+    stand_in(same)
+    description = switch_attention(model)
+    assert "stand-in" in description and capsys.readouterr().err == ""
+    assert isinstance(model.deberta.encoder, StandInEncoder)
+    for lengths, rewards in zip([(64, 40), (3, 1), (17, 17, 9)], expected, strict=True):
+        assert torch.equal(padded_rewards(model, lengths), rewards)
+
+
+@pytest.mark.parametrize("change", [without_positions, positions_off_by_one, padding_read, nothing_but_nan])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_package_with_other_rewards_is_not_used(change, dtype, model, stand_in, capsys):
+    stand_in(change)
+    if dtype is torch.float16:
+        assert_kept_as_it_was(model, "rewards differ by", capsys)
+    else:
+        assert switch_attention(model.to(dtype)) is None
+        assert "rewards differ by" in capsys.readouterr().err
+
+
+def test_a_package_that_breaks_is_not_used(model, stand_in, capsys):
+    stand_in(breaks_in_use)
+    assert_kept_as_it_was(model, "out of resources:", capsys)
+
+
+def test_a_package_that_declines_the_model_is_not_used(model, stand_in, monkeypatch, capsys):
+    stand_in(same)
+    monkeypatch.setattr(sys.modules["disentangled_flash"], "optimize_deberta", lambda *_, **__: None)
+    assert_kept_as_it_was(model, "heads of 32, 64 or 128", capsys)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("__version__ = '0.1'", "cannot import name 'optimize_deberta'"),
+        ("raise OSError('libcuda.so.1: no such file')", "libcuda.so.1"),
+    ],
+)
+def test_a_package_that_is_too_old_or_does_not_import_is_not_used(
+    code, message, model, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "disentangled_flash.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "disentangled_flash"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert_kept_as_it_was(model, message, capsys)
+    sys.modules.pop("disentangled_flash", None)
+
+
+def test_without_the_package_nothing_changes(model, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "disentangled_flash", None)
+    assert_kept_as_it_was(model, "disentangled_flash", capsys)
+
+
+def test_an_input_longer_than_the_package_reads_keeps_eager_attention(model, stand_in, capsys):
+    stand_in(same)
+    sys.modules["disentangled_flash.tuning"].TUNING_SEQUENCE_LENGTHS = (16, 32)
+    assert_kept_as_it_was(model, "no inputs of 64 tokens", capsys)
+
+
+def test_only_deberta_in_half_precision_on_a_gpu_is_switched(model, stand_in, monkeypatch, capsys):
+    stand_in(same)
+    assert use_fast_attention(model) is None  # on a CPU
+
+    # No GPU here: only what the function asks about the device is replaced.
+    monkeypatch.setattr(DebertaV2, "device", property(lambda _: torch.device("cuda")))
+    monkeypatch.setattr(BertForSequenceClassification, "device", DebertaV2.device)
+    switched = []
+    monkeypatch.setattr("fast_attention.switch_attention", lambda model: switched.append(model) or "fast")
+    bert = BertForSequenceClassification(
+        BertConfig(hidden_size=48, num_hidden_layers=1, vocab_size=300)
+    ).half()
+    assert use_fast_attention(bert) is None
+    assert use_fast_attention(deberta().float()) is None
+    assert switched == []
+    assert use_fast_attention(model) == "fast"
+    monkeypatch.setattr("fast_attention.find_spec", lambda name: None)
+    assert use_fast_attention(model) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_the_real_package_takes_the_model_and_gives_its_rewards(model, monkeypatch):
+    """The real package's own PyTorch path, which a CPU can run, in place of its kernel."""
+    package = pytest.importorskip("disentangled_flash")
+    on_cpu = functools.partial(package.optimize_deberta, backend="torch")
+    monkeypatch.setattr(package, "optimize_deberta", on_cpu)
+    assert package.__version__ in switch_attention(model)
+    assert type(model.deberta.encoder).__module__ == "disentangled_flash.deberta"
+    for lengths in [(64, 40, 7), (9, 4)]:
+        expected = padded_rewards(deberta(), lengths)
+        torch.testing.assert_close(padded_rewards(model, lengths), expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_real_kernel_gives_the_same_rewards_on_a_gpu(model):
+    pytest.importorskip("disentangled_flash")
+    expected = [padded_rewards(model.cuda(), lengths) for lengths in [(64, 40, 7), (9, 4)]]
+    assert use_fast_attention(model) is not None
+    for lengths, rewards in zip([(64, 40, 7), (9, 4)], expected, strict=True):
+        torch.testing.assert_close(padded_rewards(model, lengths), rewards, atol=0.02, rtol=0.02)
