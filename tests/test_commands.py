@@ -109,41 +109,6 @@ def test_commands_run_word_for_word(hub_directory):
     assert not (hub_directory / "gpt-4-evaluations").exists()
 
 
-def test_two_processes_write_the_same_files(small_models, tmp_path):
-    """Under a launcher prompts are shared out; three of them, so that the shares differ."""
-    with open(tmp_path / "prompts.jsonl", "w") as file:
-        for post in ("my sister sold my bike", "the landlord shouts", "am i wrong?"):
-            file.write(json.dumps({"prompt": f"POST: {post}\nTL;DR:", "reference": " no"}) + "\n")
-    flags = ["--prompts", "../prompts.jsonl", "--methods", "ARGS", "PARGS", "BESTN", "--max_new_tokens", "6"]
-    flags += ["--policy", small_models["gpt2"], "--full_reward_model", small_models["deberta"]]
-    flags += ["--partial_reward_model", small_models["gpt2-reward"], "--best_of", "3"]
-
-    written = []
-    for processes in (1, 2):
-        directory = tmp_path / str(processes)
-        directory.mkdir()
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "29517",
-        ]
-        done = subprocess.run(
-            [sys.executable, *launcher, ROOT / "PARGS_decode/PARGS_baselines.py", *flags],
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"{processes} process" in done.stdout
-        assert done.stdout.count("wrote baseline_results.csv") == 1
-        written.append({path.name: path.read_text() for path in directory.iterdir()})
-    assert written[0] == written[1] and "generation_bestn.json" in written[0]
-
-
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [

@@ -163,6 +163,11 @@ def test_tokens_do_not_depend_on_company(folders, prompts, policy_name, reward_n
     assert alone and all(response in together for response in alone)
 
 
+def test_a_policy_spread_over_devices_writes_the_same(folders, prompts):
+    settings = make_settings(folders, "gpt2", "gpt2-reward")
+    assert write("PARGS", prompts, replace(settings, device_map="auto")) == write("PARGS", prompts, settings)
+
+
 def test_causal_reward_model_without_shared_ids_rereads_text(folders, prompts):
     settings = make_settings(folders, "words", "gpt2-reward", max_new_tokens=4)
     written = write("ARGS", prompts[:2], settings)

@@ -1,16 +1,21 @@
 """Decoding that is killed, out of disk, given broken files, shared out: nothing lost, nothing silent."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import make_posts, save
+from conftest import ROOT, make_posts, save
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
+from small_disk import small_disk  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 SCRIPT = "PARGS_decode/PARGS_baselines.py"
@@ -46,6 +51,24 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def assert_same_files(directory: Path, whole: Path) -> None:
+    """Byte for byte, but for the numbers of a trace, which are not the last word of a file's rewards."""
+    ours, theirs = files_of(directory), files_of(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.startswith("trace"):
+            assert ours[name] == theirs[name], name
+            continue
+        for our_line, their_line in zip(ours[name].splitlines(), theirs[name].splitlines(), strict=True):
+            our_prompt, their_prompt = json.loads(our_line), json.loads(their_line)
+            assert our_prompt["prompt"] == their_prompt["prompt"]
+            for our_step, their_step in zip(our_prompt["steps"], their_prompt["steps"], strict=True):
+                assert our_step["tokens"] == their_step["tokens"]
+                assert our_step["chosen"] == their_step["chosen"]
+                for numbers in ("log_probs", "rewards"):
+                    assert our_step[numbers] == pytest.approx(their_step[numbers], abs=2e-4)
+
+
 def replace_flag(flags: list[str], name: str, value: str) -> list[str]:
     at = flags.index(name)
     return [*flags[: at + 1], value, *flags[at + 2 :]]
@@ -71,8 +94,8 @@ def test_killed_runs_end_in_the_files_of_one_that_never_was(flags, tmp_path):
     """Twenty SIGKILLs at random moments; whatever was finished before one is not decoded again."""
     status, output = run(SCRIPT, flags, make_directory(tmp_path / "whole"))
     assert status == 0, output
-    expected = files_of(tmp_path / "whole")
-    assert {f"generation_{name}.json" for name in ("args", "pargs", "bestn", "top_k")} <= set(expected)
+    expected = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {f"generation_{name}.json" for name in ("args", "pargs", "bestn", "top_k")} <= expected
 
     moments = random.Random(0)
     kills = runs = went_on = 0
@@ -88,12 +111,12 @@ def test_killed_runs_end_in_the_files_of_one_that_never_was(flags, tmp_path):
             went_on += bytes_kept(directory) > 0
         else:
             assert started.finish()[0] == 0, started.finish()[1]
-            assert files_of(directory) == expected
+            assert_same_files(directory, tmp_path / "whole")
             runs += 1
             directory = make_directory(tmp_path / str(runs))
 
     assert run(SCRIPT, flags, directory)[0] == 0
-    assert files_of(directory) == expected
+    assert_same_files(directory, tmp_path / "whole")
     assert went_on >= 10
 
 
@@ -122,7 +145,7 @@ def test_a_finished_method_is_left_alone_until_overwrite(flags, tmp_path):
     directory = make_directory(tmp_path / "run")
     assert run(SCRIPT, flags, directory)[0] == 0
     path = directory / "generation_args.json"
-    expected = files_of(directory)
+    shutil.copytree(directory, tmp_path / "whole")
     altered = json.loads(path.read_text())
     altered[0]["result"] = " altered"
     path.write_text(json.dumps(altered))
@@ -133,11 +156,11 @@ def test_a_finished_method_is_left_alone_until_overwrite(flags, tmp_path):
 
     path.write_text(path.read_text()[:-30])  # what is not whole is no result
     assert run(SCRIPT, flags, directory)[0] == 0
-    assert path.read_bytes() == expected["generation_args.json"]
+    assert path.read_bytes() == (tmp_path / "whole/generation_args.json").read_bytes()
 
     path.write_text(json.dumps(altered))
     assert run(SCRIPT, [*flags, "--overwrite"], directory)[0] == 0
-    assert files_of(directory) | {"decoding_settings.json": b""} == expected | {"decoding_settings.json": b""}
+    assert_same_files(directory, tmp_path / "whole")
 
 
 def test_other_settings_or_a_retrained_model_are_refused(flags, small_models, tmp_path):
@@ -159,6 +182,69 @@ def test_other_settings_or_a_retrained_model_are_refused(flags, small_models, tm
     model.save_pretrained(guide)
     assert_refused(run(SCRIPT, flags, directory), "the model of --partial_reward_model")
     assert files_of(directory) == before
+
+
+def test_a_full_disk_ends_in_one_message_and_keeps_what_was_finished(flags, small_disk, tmp_path):  # noqa: F811
+    assert run(SCRIPT, flags, make_directory(tmp_path / "whole"))[0] == 0
+    disk = small_disk(400)
+
+    # The last page is given up now and then, until everything fits.
+    filler = disk.path / "filler"
+    filler.write_bytes(b"x" * 1024 * 380)
+    stops = 0
+    for room in range(20, 400, 20):
+        status, output = disk.run(SCRIPT, flags)
+        if status == 0:
+            break
+        assert_refused((status, output), "No space left on device")
+        assert all(json.loads(path.read_text()) for path in disk.path.glob("generation_*.json"))
+        stops += 1
+        with open(filler, "r+b") as file:
+            file.truncate(1024 * (380 - room))
+    filler.unlink()
+    assert stops >= 3
+    assert_same_files(disk.path, tmp_path / "whole")
+
+
+# Many processes
+
+
+def launch(processes: int, flags: list[str], directory: Path) -> subprocess.Popen:
+    port = str(29500 + os.getpid() % 400)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    return subprocess.Popen(
+        [sys.executable, *launcher, ROOT / SCRIPT, *flags],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_any_number_of_processes_writes_the_same_files_also_after_one_died(flags, tmp_path):
+    """Alone; three, of which one is killed; and two that go on from there."""
+    assert run(SCRIPT, flags, make_directory(tmp_path / "alone"))[0] == 0
+
+    directory = make_directory(tmp_path / "together")
+    launched = launch(3, flags, directory)
+    progress = directory / "generation_pargs.progress-2.jsonl"
+    while not progress.exists():
+        assert launched.poll() is None, launched.stdout.read()
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(launched.pid).children() if "--prompts" in child.cmdline()]
+    assert len(ranks) == 3
+    ranks[1].kill()
+    output, _ = launched.communicate()
+    assert launched.returncode not in (0, None) and "SIGKILL" in output
+    assert not any(rank.is_running() for rank in ranks)
+
+    launched = launch(2, flags, directory)
+    output, _ = launched.communicate()
+    assert launched.returncode == 0, output
+    assert "ARGS: done before" in output
+    assert output.count("2 processes; mean rewards") == 1
+    assert_same_files(directory, tmp_path / "alone")
 
 
 # Broken models and input
