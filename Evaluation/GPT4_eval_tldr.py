@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import openai
-from command_line import HelpFormatter, fail
+from command_line import CommandLine, fail
 from judge import RESPONSE_FORMAT, TEMPLATE, BadReply, Question, ask, messages_of
-from run_files import DECODE, prompt_keys, write_whole
+from run_files import Key, prompt_keys, read_generations, write_whole
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from verdict_summary import print_summary, summarise
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -75,7 +74,7 @@ class Settings:
 
 
 def parse_command_line() -> tuple[Path, Path, Settings]:
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(Settings, __doc__)
     parser.add_argument("file_a", type=Path, metavar="A.json", help="generations of method A")
     parser.add_argument("file_b", type=Path, metavar="B.json", help="generations of method B")
     settings, files, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -94,22 +93,9 @@ def parse_command_line() -> tuple[Path, Path, Settings]:
     return files.file_a, files.file_b, settings
 
 
-def read_generations(path: Path) -> dict[tuple[str, int], str]:
+def read_summaries(path: Path) -> dict[Key, str]:
     """Map each prompt, and which of its occurrences in the file it is, to its summary."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        fail(f"{path} does not exist; `{DECODE}` writes it")
-    except (OSError, ValueError) as error:
-        fail(f"{path} is not a readable JSON file: {error}")
-    if not isinstance(rows, list) or not rows:
-        fail(f"{path} is not a list of generations; `{DECODE}` writes one")
-
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(
-            isinstance(row.get(key), str) for key in ("prompt", "result")
-        ):
-            fail(f"{path}, row {number}: expected an object with the texts `prompt` and `result`")
+    rows = read_generations(path)
     return dict(
         zip(prompt_keys([row["prompt"] for row in rows]), [row["result"] for row in rows], strict=True)
     )
@@ -117,7 +103,7 @@ def read_generations(path: Path) -> dict[tuple[str, int], str]:
 
 def match(file_a: Path, file_b: Path) -> list[Pair]:
     """Pair the summaries by prompt, in the order of A."""
-    results_a, results_b = read_generations(file_a), read_generations(file_b)
+    results_a, results_b = read_summaries(file_a), read_summaries(file_b)
     only_a, only_b = results_a.keys() - results_b.keys(), results_b.keys() - results_a.keys()
     if only_a or only_b:
         fail(
@@ -140,17 +126,30 @@ def questions_about(pair: Pair, settings: Settings) -> list[Question]:
 
 def read_verdicts(log: Path) -> dict[Question, dict]:
     """All verdicts recorded so far, whatever they are about. What follows the last newline is unfinished."""
-    lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    try:
+        lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+    except OSError as error:
+        fail(f"cannot read {log}: {error}")
     names = [f.name for f in fields(Question)]
 
     verdicts = {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            check_verdict(record)
             verdicts.setdefault(Question(**{name: record[name] for name in names}), record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             fail(f"{log}, line {number} is no verdict; delete the line, and its question is asked again")
     return verdicts
+
+
+def check_verdict(record: dict) -> None:
+    """Raises ValueError, KeyError or TypeError unless the summary can count this record."""
+    numbers = [record[name] for name in ("score_a", "score_b", "input_tokens", "output_tokens")]
+    if any(type(number) is not int for number in numbers) or type(record["served_model"]) is not str:
+        raise TypeError
+    if not all(1 <= score <= 10 for score in numbers[:2]):
+        raise ValueError
 
 
 def drop_unfinished_line(log: Path) -> None:
@@ -229,8 +228,11 @@ async def judge_all(
                 waiting.clear()
                 stopped.append(explain(error, key, settings))
             except BadReply as error:
-                unjudged.append(f"{question.prompt[:60]!r} in the order {question.order}: the reply {error}")
+                said = without_key(str(error), key)
+                unjudged.append(f"{question.prompt[:60]!r} in the order {question.order}: the reply {said}")
             else:
+                for name in ("reason", "served_model"):  # the server's own words
+                    verdict[name] = without_key(verdict[name], key)
                 file.write(json.dumps(asdict(question) | verdict) + "\n")
                 file.flush()
                 progress.update()
@@ -262,9 +264,12 @@ def explain(error: openai.APIError, key: str, settings: Settings) -> str:
             message += f" (Retry-After: {wait})"
     else:
         message = f"no reply from {url}: {error} {error.__cause__ or ''}"
-    if key:
-        message = message.replace(key, "[key]")
-    return " ".join(message.split())[:500]
+    return " ".join(without_key(message, key).split())[:500]
+
+
+def without_key(text: str, key: str) -> str:
+    """A server may repeat the key that it was sent; we do not."""
+    return text.replace(key, "[key]") if key else text
 
 
 def get_verdicts(missing: list[Question], total: int, log: Path, settings: Settings) -> str | None:

@@ -107,7 +107,7 @@ def parse_reply(text: str, question: Question) -> dict:
     body = text[text.find("{") : text.rfind("}") + 1]
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadReply("is not one JSON object") from None
     if any(body in judged for judged in (question.prompt, question.summary_a, question.summary_b)):
         raise BadReply("is only a quotation of a text to be judged")
@@ -154,8 +154,9 @@ async def ask(client: openai.AsyncOpenAI, request: dict, question: Question, max
             # At temperature 0 the same chat would get the same reply again.
             reply = await create(client, request, messages_of(question, with_examples=attempt > 0))
             usage = getattr(reply, "usage", None)
-            tokens["input_tokens"] += getattr(usage, "prompt_tokens", 0) or 0
-            tokens["output_tokens"] += getattr(usage, "completion_tokens", 0) or 0
+            for name, said in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
+                count = getattr(usage, said, None)
+                tokens[name] += count if isinstance(count, int) else 0
             scores = parse_reply(text_of(reply), question)
         except BadReply:
             if attempt == max_retries:
@@ -168,7 +169,8 @@ async def ask(client: openai.AsyncOpenAI, request: dict, question: Question, max
     if question.order == "BA":
         score_a, score_b = score_b, score_a
     verdict = {"score_a": score_a, "score_b": score_b, "reason": scores["reason"].strip()}
-    return verdict | {"served_model": str(reply.model), "attempts": attempt + 1} | tokens
+    served_model = str(getattr(reply, "model", None))
+    return verdict | {"served_model": served_model, "attempts": attempt + 1} | tokens
 
 
 async def create(client: openai.AsyncOpenAI, request: dict, messages: list[dict]) -> object:

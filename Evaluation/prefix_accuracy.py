@@ -11,21 +11,22 @@ there is nothing to rank: those pairs do not count at that fraction.
     python Evaluation/prefix_accuracy.py
 """
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import matplotlib
 import pandas as pd
 import torch
-from command_line import HelpFormatter, fail
+from command_line import CommandLine, fail, is_main
 from datasets import Dataset, load_from_disk
 from matplotlib.figure import Figure
 from prefix_figures import READABLE, draw_accuracy, draw_token_rewards
+from processes import count_processes, join_processes
 from reward_reading import Pair, RewardModel, ask, encode_pair, load_reward_model, read_rewards
-from run_files import write_whole
+from run_files import check_writable, read_template, write_whole
 from scipy.stats import binomtest
-from transformers import HfArgumentParser
 
 PERCENTAGES = range(10, 101, 10)
 SIDES = ("chosen", "rejected")
@@ -62,16 +63,30 @@ class Settings:
 def read_pairs(path: str, seed: int) -> tuple[Dataset, str]:
     """The held-out comparisons in random order, and the template of their prompts."""
     try:
-        rows = load_from_disk(path)["validation"]
-        notes = Path(path, "processing.json")
-        template = json.loads(notes.read_text(encoding="utf-8"))["template"] if notes.exists() else "{post}"
-        rows = rows.select_columns(["prompt", *SIDES])
+        rows = load_from_disk(path)["validation"].select_columns(["prompt", *SIDES])
     except Exception as error:  # missing, truncated and foreign files raise a dozen different types
-        fail(
-            f"cannot read the validation pairs of {path!r} ({error}); "
-            "make them with `python DataProcess/tldr_data_process.py`"
-        )
-    return rows.shuffle(seed=seed), template
+        fail_to_read(path, error)
+    # In memory: `datasets` would leave a cache file in the artifact it reads.
+    return rows.shuffle(seed=seed, keep_in_memory=True), read_template(Path(path))
+
+
+def fail_to_read(path: str, error: Exception) -> NoReturn:
+    fail(
+        f"cannot read the validation pairs of {path!r} ({error}); "
+        "make them with `python DataProcess/tldr_data_process.py`"
+    )
+
+
+def read_each(rows: Dataset, path: str) -> Iterator[dict[str, str]]:
+    """The pairs one by one: a damaged Arrow file opens like a whole one, and fails where it is damaged."""
+    for at in range(len(rows)):
+        try:
+            row = rows[at]
+        except Exception as error:
+            fail_to_read(path, error)
+        if not all(isinstance(text, str) for text in row.values()):
+            fail_to_read(path, TypeError(f"a row is not three texts: {str(row)[:200]}"))
+        yield row
 
 
 def prefix_lengths(longest: int) -> list[int]:
@@ -81,6 +96,8 @@ def prefix_lengths(longest: int) -> list[int]:
 
 def fits(reward_model: RewardModel, pair: Pair, lengths: list[int], max_length: int) -> bool:
     limit = min(max_length, reward_model.max_length)
+    if not (pair.chosen.ids and pair.rejected.ids):
+        return False  # a response that is empty, or of characters that its tokenizer drops
     return all(
         len(question.input_ids) <= limit
         for side in SIDES
@@ -91,9 +108,9 @@ def fits(reward_model: RewardModel, pair: Pair, lengths: list[int], max_length: 
 def choose_pairs(
     rows: Dataset, reward_models: dict[str, RewardModel], template: str, settings: Settings
 ) -> tuple[list[dict[str, Pair]], int]:
-    """The first pairs that fit into both models, as each of them reads them; and how many did not fit."""
+    """The first pairs that both models can read, as each of them reads them; and how many they cannot."""
     chosen, num_left_out = [], 0
-    for row in rows:
+    for row in read_each(rows, settings.dataset):
         pair = {label: encode_pair(model, row, template) for label, model in reward_models.items()}
         if all(
             fits(model, pair[label], prefix_lengths(pair[label].longest), settings.max_length)
@@ -106,7 +123,10 @@ def choose_pairs(
             break
 
     if not chosen:
-        fail(f"none of the {len(rows)} validation pairs fits into --max_length {settings.max_length}")
+        fail(
+            f"none of the {len(rows)} validation pairs has two responses and "
+            f"fits into --max_length {settings.max_length}"
+        )
     return chosen, num_left_out
 
 
@@ -204,12 +224,19 @@ def print_table(accuracy: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=HelpFormatter)
-    (settings,) = parser.parse_args_into_dataclasses()
+    parser = CommandLine(Settings, __doc__)
+    settings, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     for name in ("num_pairs", "num_examples", "max_length", "token_budget"):
         if getattr(settings, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.seed < 0:
+        fail(f"--seed must be at least 0, not {settings.seed}")
+    output_dir = Path(settings.output_dir)
+    check_writable(output_dir)
 
+    device = join_processes().device
     rows, template = read_pairs(settings.dataset, settings.seed)
     train = "make it with `python partial_reward_training/tldr_partial_reward_model.py`"
     reward_models = {
@@ -221,7 +248,6 @@ def main() -> None:
     pairs, num_left_out = choose_pairs(rows, reward_models, template, settings)
     examples = choose_examples(pairs, reward_models, settings)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranked, curves = {}, {}
     for label, model in reward_models.items():
         own_pairs, own_examples = [pair[label] for pair in pairs], [pair[label] for pair in examples]
@@ -229,21 +255,27 @@ def main() -> None:
             model, own_pairs, own_examples, device, settings.token_budget, f"{label} reward model"
         )
         ranked[label] = rank(rewards)
-    accuracy = pd.concat(ranked, names=["model"]).reset_index("model")
+    if not is_main():
+        return
 
-    output_dir = Path(settings.output_dir)
+    accuracy = pd.concat(ranked, names=["model"]).reset_index("model")
+    figures = {
+        "prefix_accuracy": draw_accuracy(accuracy, len(pairs)),
+        "token_rewards": draw_token_rewards(examples, curves, reward_models),
+    }
     write_whole(output_dir / "prefix_accuracy.csv", lambda path: accuracy.to_csv(path, index=False))
-    save_figure(draw_accuracy(accuracy, len(pairs)), output_dir / "prefix_accuracy")
-    save_figure(draw_token_rewards(examples, curves, reward_models), output_dir / "token_rewards")
+    for name, figure in figures.items():
+        save_figure(figure, output_dir / name)
 
     print(f"\nRanking accuracy on prefixes of {len(pairs)} validation pairs, with 95% Wilson intervals;")
     print("n: pairs whose prefixes differ at that fraction of the response\n")
     print_table(accuracy)
     if num_left_out or len(pairs) < settings.num_pairs:
         print(
-            f"\n{num_left_out} pairs left out over --max_length, {len(pairs)} of {settings.num_pairs} ranked"
+            f"\n{num_left_out} pairs left out, empty or over --max_length; "
+            f"{len(pairs)} of {settings.num_pairs} ranked"
         )
-    print(f"\nwrote {output_dir / 'prefix_accuracy'}.csv, .png, .pdf (figure and table)")
+    print(f"\nwrote {output_dir / 'prefix_accuracy'}.csv, .png, .pdf (figure and table), {count_processes()}")
     print(f"wrote {output_dir / 'token_rewards'}.png, .pdf (figure)")
     print("next: python Evaluation/show_generations.py")
 

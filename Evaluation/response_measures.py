@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pandas as pd
+from command_line import is_main
 from rouge_score.rouge_scorer import RougeScorer
-from run_files import REFERENCE, Run, read_references, read_trace
+from run_files import REFERENCE, Run, find_dataset, read_references, read_template, read_trace
 from scipy.special import log_softmax
 from statistics_table import per_prompt
 
@@ -70,6 +71,7 @@ def measure_likelihood(
     responses: dict[str, pd.DataFrame],
     policy: str,
     own_policies: dict[str, str | None],
+    templates: dict[str, str],
     k: int,
     batch_size: int,
     notes: list[str],
@@ -77,16 +79,19 @@ def measure_likelihood(
     """Log-likelihood per token under the reference policy, and the KL of what was sampled without a trace.
 
     TOP-K sampled from the top-k of the reference policy, a method of `own_policies` from the top-k of its
-    own; a greedy method's distribution has all its mass on its response.
+    own; a greedy method's distribution has all its mass on its response. `templates`: of each run's prompts.
     """
     # Imported here: PyTorch and a model are for those who ask for them.
     from policy_likelihood import encode_pair, load_policy, load_tokenizer, response_log_probs
+    from processes import count_processes
 
     tokenizer = load_tokenizer(policy)
     pairs = {
         method: [
-            encode_pair(tokenizer, prompt, row.result, row.finish_reason != "length")
-            for prompt, row in zip(rows.index.get_level_values("prompt"), rows.itertuples(), strict=True)
+            encode_pair(
+                tokenizer, row.Index[1], row.result, row.finish_reason != "length", templates[row.Index[0]]
+            )
+            for row in rows.itertuples()
         ]
         for method, rows in responses.items()
     }
@@ -116,6 +121,9 @@ def measure_likelihood(
             continue
         kl = [q - each.sum() if len(each) else np.nan for q, each in zip(log_q, log_probs, strict=True)]
         measured[method]["sampled_kl"] = mean_over(kl, rows, f"{method}: KL", notes)
+
+    if is_main():
+        print(f"likelihood of {sum(map(len, pairs.values()))} responses, {count_processes()}\n")
     return measured
 
 
@@ -169,7 +177,8 @@ def measure_responses(
 
     measured = {method: measure_texts(method, rows, references, notes) for method, rows in responses.items()}
     if policy and responses:
-        likelihood = measure_likelihood(responses, policy, own_policies, k, batch_size, notes)
+        templates = {name: read_template(find_dataset(run.directory, dataset)) for name, run in runs.items()}
+        likelihood = measure_likelihood(responses, policy, own_policies, templates, k, batch_size, notes)
         measured = {method: values | likelihood[method] for method, values in measured.items()}
     for method, kl in measure_traces(runs, responses, pargs_weight, notes).items():
         measured[method]["sampled_kl"] = kl

@@ -1,15 +1,16 @@
 """Rewards of prefixes, read as the partial reward model was trained: the same inputs, the same lengths."""
 
+import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from command_line import fail
 from pair_frame import PairFrame, causal_frame, pair_frame
+from processes import copy_weights, map_batches
 from text_encoding import decode_texts, encode_prompts, encode_responses, encode_texts
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -107,7 +108,7 @@ def load_reward_model(name: str, hint: str) -> RewardModel:
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return RewardModel(
         name,
-        model.eval(),
+        copy_weights(model.eval()),
         tokenizer,
         frame=causal_frame(tokenizer) if causal else pair_frame(tokenizer),
         causal=causal,
@@ -165,32 +166,37 @@ def read_rewards(
 ) -> list[float]:
     """The reward of each question. Equal inputs are read once, in batches of similar length."""
     inputs = {question.input_ids: question.segments for question in questions}
-    ordered = sorted(inputs, key=len, reverse=True)
+    batches = cut_batches(sorted(inputs, key=len, reverse=True), token_budget)
 
-    model, table = reward_model.model.to(device), {}
-    with tqdm(total=len(ordered), desc=label, unit=" inputs") as progress:
-        for batch in batches(ordered, token_budget):
-            try:
-                rewards = forward(reward_model, batch, [inputs[ids] for ids in batch]).cpu()
-            except torch.OutOfMemoryError:
-                fail(f"{reward_model.name!r} runs out of memory; lower --token_budget ({token_budget})")
-            table |= dict(zip(batch, rewards, strict=True))
-            progress.update(len(batch))
-    model.to("cpu")  # the next model may need the room
+    def read(batch: list[tuple[int, ...]]) -> np.ndarray:
+        try:
+            return forward(reward_model, batch, [inputs[ids] for ids in batch]).cpu().numpy()
+        except torch.OutOfMemoryError:
+            fail(f"{reward_model.name!r} runs out of memory; lower --token_budget ({token_budget})")
 
-    read = [table[question.input_ids][question.position].item() for question in questions]
-    if not torch.tensor(read).isfinite().all():
-        fail(f"{reward_model.name!r} gives rewards that are NaN or infinite")
-    return read
+    reward_model.model.to(device)
+    table = {}
+    for batch, of_batch in zip(batches, map_batches(read, batches, label), strict=True):
+        table |= zip(batch, of_batch, strict=True)
+    reward_model.model.to("cpu")  # the next model may need the room
+
+    rewards = [table[question.input_ids][question.position].item() for question in questions]
+    for question, reward in zip(questions, rewards, strict=True):
+        if not math.isfinite(reward):
+            text = reward_model.tokenizer.decode(question.seen)
+            fail(f"{reward_model.name!r} gives {text[:200]!r} the reward {reward}")
+    return rewards
 
 
-def batches(ordered: list[tuple[int, ...]], token_budget: int) -> Iterator[list[tuple[int, ...]]]:
+def cut_batches(ordered: list[tuple[int, ...]], token_budget: int) -> list[list[tuple[int, ...]]]:
     """Cut inputs, longest first, into batches of `token_budget` tokens, padding included."""
+    batches = []
     start = 0
     while start < len(ordered):
         size = max(1, token_budget // len(ordered[start]))
-        yield ordered[start : start + size]
+        batches.append(ordered[start : start + size])
         start += size
+    return batches
 
 
 @torch.inference_mode()

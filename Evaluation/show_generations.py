@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from command_line import fail, parse_command_line
-from run_files import REFERENCE, Run, read_references, read_run, read_trace, write_whole
+from run_files import REFERENCE, Run, check_writable, read_references, read_run, read_trace, write_whole
 from statistics_table import readable_table
 
 GUIDED = ("ARGS", "PARGS-G", "PARGS")
@@ -80,9 +80,9 @@ def rounded_step(step: dict) -> dict:
     return {"tokens": step["tokens"], "chosen": step["chosen"], **numbers}
 
 
-def finite(value: float | None) -> float | None:
+def finite(value: float) -> float | None:
     """Rounded for the page; JSON knows no NaN."""
-    return round(value, 3) if value is not None and math.isfinite(value) else None
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def collect_table(directory: Path) -> dict | None:
@@ -91,18 +91,22 @@ def collect_table(directory: Path) -> dict | None:
         return None
     try:
         shown = readable_table(pd.read_csv(path).set_index("method"))
-    except (KeyError, IndexError, ValueError, OSError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, OSError) as error:
         fail(f"cannot read {path} ({error!r}); make it again with `python Evaluation/show_result.py`")
     return {"columns": list(shown), "rows": shown.values.tolist()}
 
 
 def collect_figures(directory: Path) -> list[dict]:
     """Every PNG of the run, the average reward first."""
-    paths = sorted(directory.glob("*.png"), key=lambda path: (path.stem != "average_reward", path.name))
-    return [
-        {"name": path.stem, "source": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"}
-        for path in paths
-    ]
+    found = [path for path in directory.glob("*.png") if path.is_file()]
+    figures = []
+    for path in sorted(found, key=lambda path: (path.stem != "average_reward", path.name)):
+        try:
+            content = base64.b64encode(path.read_bytes()).decode()
+        except OSError as error:
+            fail(f"cannot read {path}: {error}")
+        figures.append({"name": path.stem, "source": f"data:image/png;base64,{content}"})
+    return figures
 
 
 def embed_json(data: dict) -> str:
@@ -128,6 +132,7 @@ def main() -> None:
     )
     if len(directories) > 1:
         fail(f"a page shows one run, not {len(directories)}: {' '.join(directories)}")
+    check_writable(Path(settings.output).parent)
 
     run = read_run(directories[0])
     references = read_references(run.directory, settings.dataset)

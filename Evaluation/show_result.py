@@ -18,11 +18,11 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from command_line import fail, parse_command_line
+from command_line import fail, is_main, parse_command_line
 from matplotlib.figure import Figure
 from response_measures import measure_responses
 from reward_figure import draw_figure
-from run_files import REFERENCE, Run, read_run, write_whole
+from run_files import REFERENCE, Run, check_writable, read_run, write_whole
 from statistics_table import readable_table, summarise
 
 NAME = "average_reward"
@@ -116,13 +116,17 @@ def main() -> None:
     for name in ("resamples", "k", "batch_size"):
         if getattr(settings, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    if settings.seed < 0:
+        fail(f"--seed must be at least 0, not {settings.seed}")
+    if not (settings.policy or is_main()):
+        return  # there is no model work to share
+    output_dir = Path(settings.output_dir)
+    check_writable(output_dir)
 
     runs = read_runs(directories)
     rewards = pool_rewards(runs)
     baseline = choose_baseline(settings.baseline, list(rewards))
 
-    summary = summarise(rewards, baseline, settings.resamples, settings.seed)
-    summary.insert(0, "baseline", baseline)
     beside_reward, notes = measure_responses(
         runs,
         list(rewards),
@@ -133,6 +137,11 @@ def main() -> None:
         settings.pargs_weight,
         settings.batch_size,
     )
+    if not is_main():
+        return
+
+    summary = summarise(rewards, baseline, settings.resamples, settings.seed)
+    summary.insert(0, "baseline", baseline)
     summary = summary.join(beside_reward)
     notes = [note for run in runs.values() for note in run.notes] + notes
 
@@ -142,7 +151,6 @@ def main() -> None:
     if notes:
         print("\nLeft out:\n" + "\n".join(f"- {note}" for note in notes))
 
-    output_dir = Path(settings.output_dir)
     save_table(summary, caption, notes, output_dir)
     save_figure(draw_figure(rewards, summary), output_dir)
     print(f"\nwrote {output_dir / NAME}.csv, .md, .tex (table) and .png, .pdf (figure)")

@@ -115,17 +115,23 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, message: str, headers: dict | None = None) -> None:
         self.send(status, json.dumps({"error": {"message": message, "type": "error"}}), headers)
 
-    def completion(self, text: str | None, finish_reason: str = "stop") -> str:
+    def completion(
+        self,
+        text: str | None,
+        finish_reason: str = "stop",
+        model: str = "loopback-judge",
+        refusal: str | None = None,
+    ) -> str:
         return json.dumps(
             {
                 "id": "chatcmpl-1",
                 "object": "chat.completion",
                 "created": 0,
-                "model": "loopback-judge",
+                "model": model,
                 "choices": [
                     {
                         "index": 0,
-                        "message": {"role": "assistant", "content": text},
+                        "message": {"role": "assistant", "content": text, "refusal": refusal},
                         "finish_reason": finish_reason,
                     }
                 ],
@@ -138,6 +144,10 @@ class Handler(BaseHTTPRequestHandler):
         fields = {"reason": "One is better."}
         fields |= {f"score_{position}": self.server.score(texts, position) for position in (1, 2)}
         return json.dumps(fields | changes)
+
+    def echo(self, text: str = "{}") -> str:
+        """What a careless server repeats: the header that holds the key."""
+        return text.format(self.headers["Authorization"])
 
     def wait_first(self, question: str) -> None:
         # A little less than promised: the two clocks need not tick together.
@@ -172,7 +182,23 @@ BEHAVIOURS: dict[str, Callable[[Handler, str], None]] = {
         401, f"Incorrect API key provided: {handler.headers['Authorization']}"
     ),
     "repeats the key": lambda handler, q: handler.refuse(403, f"{handler.headers['Authorization']} may not"),
+    "key in an error": lambda handler, q: handler.refuse(500, handler.echo("no place for {}")),
+    "key in a page": lambda handler, q: handler.send(403, handler.echo("<html>{}</html>")),
+    "key in a header": lambda handler, q: handler.refuse(429, "no", {"Retry-After": handler.echo()}),
+    "key in a refusal": lambda handler, q: handler.send(
+        200, handler.completion(None, refusal=handler.echo("I refuse {}"))
+    ),
+    "key in a verdict": lambda handler, q: handler.send(
+        200, handler.completion(handler.verdict(q, reason=handler.echo("For {}.")), model=handler.echo())
+    ),
+    "odd numbers": lambda handler, q: handler.send(
+        200,
+        json.dumps(
+            {"choices": json.loads(handler.completion(handler.verdict(q)))["choices"]}
+            | {"usage": {"prompt_tokens": "many", "completion_tokens": None}}
+        ),
+    ),
     "no schema": lambda handler, q: handler.refuse(400, "response_format is not supported by this model"),
     "no model": lambda handler, q: handler.refuse(404, "there is no such model"),
 }
-GIVES_VERDICT = {"good", "fenced"}
+GIVES_VERDICT = {"good", "fenced", "key in a verdict", "odd numbers"}

@@ -633,10 +633,10 @@ def test_a_dry_run_sends_and_writes_nothing(run):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (None, "does not exist"),
-        ("{", "not a readable JSON file"),
-        ("[]", "not a list of generations"),
-        ('{"prompt": "p", "result": "r"}', "not a list of generations"),
+        (None, "No such file"),
+        ("{", "cannot read"),
+        ("[]", "not a list of responses"),
+        ('{"prompt": "p", "result": "r"}', "not a list of responses"),
         ('[{"prompt": "p", "result": "r"}, {"prompt": "q"}]', "row 2"),
         ('[{"prompt": "p", "result": null}]', "row 1"),
         ('[{"prompt": "another", "result": "r"}]', "not about the same prompts"),

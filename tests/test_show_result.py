@@ -346,10 +346,10 @@ def log_probs_one_by_one(model, prompt_ids: list[int], response_ids: list[int], 
 def test_log_probs_of_a_padded_batch(policy):
     model, tokenizer, _ = policy
     pairs = [
-        encode_pair(tokenizer, "POST: short\nTL;DR:", " a response", True),
-        encode_pair(tokenizer, "POST: rather longer than that\nTL;DR:", " b", False),
-        encode_pair(tokenizer, "x" * 95, " too long", True),
-        encode_pair(tokenizer, "POST: nothing\nTL;DR:", "", False),
+        encode_pair(tokenizer, "POST: short\nTL;DR:", " a response", True, "{post}"),
+        encode_pair(tokenizer, "POST: rather longer than that\nTL;DR:", " b", False, "{post}"),
+        encode_pair(tokenizer, "x" * 95, " too long", True, "{post}"),
+        encode_pair(tokenizer, "POST: nothing\nTL;DR:", "", False, "{post}"),
     ]
     assert pairs[0][1][-1] == tokenizer.eos_token_id and pairs[1][1][-1] != tokenizer.eos_token_id
     results = response_log_probs(model, pairs, k=40, batch_size=3, label="")
@@ -362,11 +362,16 @@ def test_log_probs_of_a_padded_batch(policy):
     assert len(results[2][0]) == len(results[3][0]) == 0
 
 
-def test_special_tokens_spelt_in_a_text_stay_text(policy):
+def test_only_special_tokens_of_the_template_are_live(policy):
     _, tokenizer, _ = policy
-    prompt_ids, response_ids = encode_pair(tokenizer, "a<|endoftext|>b", " <|endoftext|>", True)
-    assert tokenizer.eos_token_id not in prompt_ids
-    assert response_ids.count(tokenizer.eos_token_id) == 1 and response_ids[-1] == tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    prompt_ids, response_ids = encode_pair(tokenizer, "a<|endoftext|>b", " <|endoftext|>", True, "{post}")
+    assert eos not in prompt_ids
+    assert response_ids.count(eos) == 1 and response_ids[-1] == eos
+
+    template = "{post}<|endoftext|>TL;DR:"
+    prompt_ids, _ = encode_pair(tokenizer, "a<|endoftext|>b<|endoftext|>TL;DR:", " c", False, template)
+    assert prompt_ids.count(eos) == 1 and prompt_ids.index(eos) == len("a<|endoftext|>b")
 
 
 def test_likelihood_and_kl_under_a_policy(tmp_path, command, policy):
@@ -380,7 +385,7 @@ def test_likelihood_and_kl_under_a_policy(tmp_path, command, policy):
 
     def total(name: Path | str) -> list[np.ndarray]:
         other = type(model).from_pretrained(name, dtype=torch.float32).eval()
-        pairs = [encode_pair(tokenizer, *pair, False) for pair in zip(PROMPTS, texts, strict=True)]
+        pairs = [encode_pair(tokenizer, *pair, False, "{post}") for pair in zip(PROMPTS, texts, strict=True)]
         with torch.inference_mode():
             return [np.array(log_probs_one_by_one(other, *pair, k=257)[0]) for pair in pairs]
 
