@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from command_line import fail, is_main, parse_settings
 from datasets import load_from_disk
 from peft import PeftConfig
 from policy_loading import Policy, load_policy
@@ -36,7 +37,6 @@ from reward_scoring import (
     Written,
     can_cache,
     encode_written,
-    fail,
     fit_pair,
     left_pad,
     load_reward_model,
@@ -48,10 +48,10 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     DynamicCache,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 
 @dataclass
@@ -231,7 +231,9 @@ def load_prompts(settings: Settings) -> tuple[list[str], list[str | None], str]:
         )
 
     if settings.num_prompts:
-        chosen = test.shuffle(seed=settings.seed).select(range(min(settings.num_prompts, len(test))))
+        # In memory: `datasets` would leave a cache file in the artifact it reads.
+        chosen = test.shuffle(seed=settings.seed, keep_in_memory=True)
+        chosen = chosen.select(range(min(settings.num_prompts, len(test))))
         prompts, references = chosen["prompt"], chosen["reference"]
     return list(prompts), list(references), template
 
@@ -813,14 +815,12 @@ def result_files(settings: Settings) -> set[str]:
     return names
 
 
-def is_main() -> bool:
-    return PartialState().is_main_process
-
-
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
+    settings = parse_settings(Settings, __doc__)
     check_settings(settings)
+    if not is_main():
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     # Said outright, or processes without a GPU would not find each other.
     PartialState(cpu=not torch.cuda.is_available())
     prompts, references, template = load_prompts(settings)

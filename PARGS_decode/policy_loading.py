@@ -5,8 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from command_line import fail
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, load_peft_weights
-from reward_scoring import fail, longest_input, warn_of_pickle
+from reward_scoring import copy_weights, longest_input, warn_of_pickle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -40,7 +41,7 @@ def load_policy(name: str, dtype: torch.dtype, device: torch.device, device_map:
     eos = model.generation_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     if not device_map:
-        model = model.to(device)
+        model = copy_weights(model).to(device)
     return Policy(model.eval(), tokenizer, eos_ids - {None}, longest_input(model.config, tokenizer))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from reward_scoring import fail
+from command_line import fail
 
 
 class Progress:

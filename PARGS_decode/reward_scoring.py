@@ -7,9 +7,9 @@ and reads only the token just chosen and the k candidates of a step: `CachedGuid
 
 import sys
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
+from command_line import fail, is_main
 from fast_attention import use_fast_attention
 from pair_frame import PairFrame, causal_frame, pair_frame
 from text_encoding import decode_texts, encode_prompts, encode_responses, encode_texts
@@ -29,19 +29,15 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
-def fail(message: str) -> NoReturn:
-    """Print one error line and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def warn_of_pickle(name: str) -> None:
     """Say once that a checkpoint has no safetensors; torch then reads its pickle with `weights_only=True`."""
     quiet = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    if not any(cached_file(name, file, **quiet) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+    if is_main() and not any(
+        cached_file(name, file, **quiet) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    ):
         print(f"warning: {name!r} is a pickle file; only its weights are read", file=sys.stderr)
 
 
@@ -107,9 +103,9 @@ def load_reward_model(
     )
     if causal and not hasattr(model, "score"):
         fail(f"{name!r} ({type(model).__name__}) has no `score` head over all tokens")
-    model = model.to(device).eval()
+    model = copy_weights(model).to(device).eval()
     used = use_fast_attention(model) if fast_attention else None
-    if used:
+    if used and is_main():
         print(f"{name}: {used}", file=sys.stderr)
     return RewardModel(
         name,
@@ -120,6 +116,16 @@ def load_reward_model(
         max_length=longest_input(config, tokenizer),
         token_budget=token_budget,
     )
+
+
+def copy_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the weights from the file that they are mapped from into aligned memory, in place.
+
+    On a CPU, where the map happens to lie decides the last bits of every product; they differed by launch.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def longest_input(config: AutoConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -302,6 +302,21 @@ def test_adapter_of_another_model_is_refused(flags, small_models, tmp_path):
         assert_refused(run(SCRIPT, flags, make_directory(tmp_path / f"on-{name}")), "cannot load the policy")
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (["--magic"], "unknown arguments: --magic"),
+        (["--k", "many"], "--k: invalid int value: 'many'"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--num_prompts", "-1"], "--num_prompts must be at least 0"),
+    ],
+)
+def test_a_bad_flag_is_one_line(flag, said, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    assert_refused(run(SCRIPT, flag, directory), said)
+    assert not list(directory.iterdir())
+
+
 def test_more_candidates_than_tokens_are_refused(flags, tmp_path):
     refused = run(SCRIPT, replace_flag(flags, "--k", "100000"), make_directory(tmp_path / "run"))
     assert_refused(refused, "--k 100000 is more than the")
