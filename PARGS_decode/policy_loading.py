@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from command_line import fail
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, load_peft_weights
-from reward_scoring import copy_weights, longest_input, warn_of_pickle
+from reward_scoring import copy_weights, longest_input, warn_of_pickle, why
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -34,7 +34,7 @@ def load_policy(name: str, dtype: torch.dtype, device: torch.device, device_map:
             warn_of_pickle(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
     except Exception as error:
-        fail(f"cannot load the policy {name!r}: {error}")
+        fail(f"cannot load the policy {name!r}: {why(error)}")
     if not tokenizer.is_fast:
         fail(f"the policy {name!r} has no fast tokenizer, which decoding needs")
 

@@ -5,8 +5,10 @@ candidate: `RereadingGuide`. A causal model that shares the policy's tokenizer k
 and reads only the token just chosen and the k candidates of a step: `CachedGuide`.
 """
 
+import os
 import sys
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 from command_line import fail, is_main
@@ -35,10 +37,18 @@ def warn_of_pickle(name: str) -> None:
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a server to convert it
     if is_main() and not any(
         cached_file(name, file, **quiet) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     ):
-        print(f"warning: {name!r} is a pickle file; only its weights are read", file=sys.stderr)
+        print(f"warning: {name!r} has no safetensors; of its pickle only weights are read", file=sys.stderr)
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a model's files; torch's own words on a pickle say how to run it all the same."""
+    if isinstance(error, UnpicklingError):
+        return "its pickle is damaged or holds more than weights, that is, code"
+    return str(error) or type(error).__name__
 
 
 @dataclass
@@ -93,7 +103,7 @@ def load_reward_model(
             name, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
-        fail(f"cannot load the weights of the reward model {name!r}: {error}")
+        fail(f"cannot load the weights of the reward model {name!r}: {why(error)}")
     if loading["missing_keys"]:
         fail(f"{name!r} is no trained reward model: it has no weights for {sorted(loading['missing_keys'])}")
 
