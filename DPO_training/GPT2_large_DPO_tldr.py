@@ -8,8 +8,6 @@ No response is cut and no pair is lost: a prompt that does not fit loses its beg
     python DPO_training/GPT2_large_DPO_tldr.py
 """
 
-import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,24 @@ from accelerate import PartialState
 from datasets import Dataset
 from text_encoding import encode_prompts, encode_responses, start_ids
 from training_setup import (
+    WholeCheckpoints,
+    check_weights,
+    check_writable,
+    checkpoint_to_resume,
     fail,
     log_offline_without_login,
+    model_kwargs,
     move_into_place,
+    one_message,
+    parse_settings,
     read_dataset,
-    rename_old_flags,
+    read_tokenizer,
+    save_beside,
     settle_precision,
 )
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Settings(DPOConfig, ModelConfig):
         DPOConfig.__post_init__(self)
 
 
-class WholeResponseDPOTrainer(DPOTrainer):
+class WholeResponseDPOTrainer(WholeCheckpoints, DPOTrainer):
     """TRL's DPO trainer on pairs that are encoded already: TRL would drop long prompts and cut responses."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -71,16 +78,23 @@ class WholeResponseDPOTrainer(DPOTrainer):
 
 
 def check_settings(settings: Settings) -> None:
-    if settings.trust_remote_code:
-        fail("--trust_remote_code stays off: this project runs no code from a model repository")
     if not settings.use_peft:
         fail("this stage saves a LoRA adapter: --use_peft must stay on")
     if settings.max_length is None or settings.max_length < 2 or settings.max_prompt_length < 1:
         fail("--max_length must be at least 2 and --max_prompt_length at least 1")
+    check_policy(settings.model_name_or_path, settings.model_revision)
+
+
+def check_policy(name: str, revision: str) -> None:
+    """Exit where `name` is no decoder-only language model."""
     try:
-        AutoConfig.from_pretrained(settings.model_name_or_path)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
-        fail(f"cannot load {settings.model_name_or_path!r}: {error}; name a model with --model_name_or_path")
+        fail(f"cannot load {name!r}: {error}; name a model with --model_name_or_path")
+
+    if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        fail(f"{name!r} is a {' '.join(config.architectures or ['?'])}; a policy is a causal language model")
+    check_weights(name, revision)
 
 
 def encode_preferences(
@@ -109,16 +123,19 @@ def encode_preferences(
 
 
 def make_trainer(settings: Settings) -> DPOTrainer:
-    dataset, notes = read_dataset(settings.dataset, made_by="python DataProcess/tldr_data_process.py")
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    names = ["train"] + ["validation"] * (settings.eval_strategy != "no")
+    dataset, notes = read_dataset(
+        settings.dataset,
+        made_by="python DataProcess/tldr_data_process.py",
+        columns={"prompt", "chosen", "rejected"},
+        splits=names,
+    )
+    tokenizer = read_tokenizer(settings.model_name_or_path, settings.model_revision)
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {settings.model_name_or_path!r} has no EOS, which ends a response")
 
-    splits = {"train": dataset["train"]}
-    if settings.eval_strategy != "no":
-        splits["validation"] = dataset["validation"]
-    for split, rows in splits.items():
-        splits[split] = rows.map(
+    splits = {
+        name: dataset[name].map(
             encode_preferences,
             batched=True,
             fn_kwargs={
@@ -127,53 +144,50 @@ def make_trainer(settings: Settings) -> DPOTrainer:
                 "max_length": settings.max_length,
                 "max_prompt_length": settings.max_prompt_length,
             },
-            remove_columns=rows.column_names,
+            remove_columns=dataset[name].column_names,
             keep_in_memory=True,  # `datasets` would leave a cache file in the artifact it reads
-            desc=f"{split}: encoding",
+            desc=f"{name}: encoding",
         )
+        for name in names
+    }
 
     settings.max_length = None  # the rows fit now, and TRL's collator would cut a response longer than this
-    settings.model_init_kwargs = {
-        "revision": settings.model_revision,
-        "attn_implementation": settings.attn_implementation,
-        "dtype": settings.dtype,
-        **(settings.model_init_kwargs or {}),
-    }
-    return WholeResponseDPOTrainer(
-        model=settings.model_name_or_path,
-        args=settings,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(settings),
-        quantization_config=get_quantization_config(settings),
-    )
+    settings.model_init_kwargs = model_kwargs(settings)
+    with one_message(f"train {settings.model_name_or_path!r} with these settings"):
+        return WholeResponseDPOTrainer(
+            model=settings.model_name_or_path,
+            args=settings,
+            train_dataset=splits["train"],
+            eval_dataset=splits.get("validation"),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(settings),
+            quantization_config=get_quantization_config(settings),
+        )
 
 
 def save_adapter(trainer: DPOTrainer, output_dir: Path) -> None:
-    written = output_dir / ".writing"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(written, ignore_errors=True)  # an interrupted run may have left one
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(written))
+    written = save_beside(trainer)
     if trainer.is_world_process_zero():
         move_into_place(written, output_dir, marker="adapter_config.json")
 
 
 def main() -> None:
-    parser = TrlParser((Settings,), description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_and_config(rename_old_flags(sys.argv[1:]))
+    settings = parse_settings(Settings, description=__doc__.splitlines()[0])
     check_settings(settings)
+    checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     log_offline_without_login(settings.report_to)
 
     trainer = make_trainer(settings)
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    check_writable(settings.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-    save_adapter(trainer, Path(settings.output_dir))
+    with one_message(f"write {settings.output_dir!r}"):
+        save_adapter(trainer, Path(settings.output_dir))
     PartialState().wait_for_everyone()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        print(f"\nwrote {settings.output_dir}/ (adapter of {settings.model_name_or_path})")
+        print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
+        print(f"  an adapter of {settings.model_name_or_path}")
         for name, log in zip(("first", "last"), (*logs[:1], *logs[-1:]), strict=False):
             print(f"  {name:<5} log: loss {log['loss']:.3f}, accuracy {log['rewards/accuracies']:.3f}")
         print("next: python PARGS_decode/PARGS_baselines.py")

@@ -9,8 +9,6 @@ in one pass, so it is trained on whole comparisons: the same loss, averaged over
     python partial_reward_training/tldr_partial_reward_model.py
 """
 
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,21 +22,28 @@ from datasets import Dataset
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, sample_by_quarter
 from training_setup import (
+    WholeCheckpoints,
+    check_weights,
+    check_writable,
+    checkpoint_to_resume,
     fail,
     log_offline_without_login,
+    model_kwargs,
     move_into_place,
+    one_message,
+    parse_settings,
     read_dataset,
-    rename_old_flags,
+    read_tokenizer,
+    save_beside,
     settle_precision,
 )
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
-from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Settings(RewardConfig, ModelConfig):
         RewardConfig.__post_init__(self)
 
 
-class PrefixRewardTrainer(RewardTrainer):
+class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's reward trainer on entries that are model inputs already, with accuracy by quarter."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
@@ -125,15 +130,19 @@ class AllPrefixRewardTrainer(PrefixRewardTrainer):
         by_length = at_tokens[0].squeeze(-1).gather(1, read_out.clamp(min=0))  # [2 * batch, longest]
         rewards = by_length[read_out >= 0]  # [2 * entries]
         chosen, rejected = rewards.chunk(2)
-        loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+        losses = -torch.nn.functional.logsigmoid(chosen - rejected)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
+            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
 
-        # TRL's own bookkeeping gathers the rewards, and every process has another number of entries.
-        correct = (chosen > rejected).float()
+        # Processes have different numbers of entries, and what they return is averaged over processes.
+        correct, margins = (chosen > rejected).float(), (chosen - rejected).detach()
+        sums = torch.stack([torch.ones_like(margins).sum(), correct.sum(), margins.sum()])
+        entries, right, margin = self.accelerator.reduce(sums)
+        loss = losses.sum() * self.accelerator.num_processes / entries
+
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["accuracy"].append(correct.mean().item())
-        metrics["margin"].append((chosen - rejected).mean().item())
+        metrics["accuracy"].append((right / entries).item())
+        metrics["margin"].append((margin / entries).item())
         if not self.model.training:
             self._count_by_quarter(correct, quarters)
         return (loss, SequenceClassifierOutput(logits=rewards.unsqueeze(-1))) if return_outputs else loss
@@ -158,23 +167,24 @@ def find_score_head(model: torch.nn.Module) -> torch.nn.Module:
     return head
 
 
-def check_reward_model(name: str) -> None:
+def check_reward_model(name: str, revision: str) -> None:
     """Exit where `name` is no model, or a classifier that gives more than one number."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
         fail(f"cannot load {name!r}: {error}; name a model with --model_name_or_path")
 
     is_classifier = any("SequenceClassification" in kind for kind in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
+    check_weights(name, revision)
 
 
 def load_tokenizer(settings: Settings, made_for: str) -> PreTrainedTokenizerBase:
     """The reward model's tokenizer, which must be the one that the entries were made with."""
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    tokenizer = read_tokenizer(settings.model_name_or_path, settings.model_revision)
     if made_for != settings.model_name_or_path:
-        other = AutoTokenizer.from_pretrained(made_for)
+        other = read_tokenizer(made_for)
         if other.get_vocab() != tokenizer.get_vocab():
             fail(
                 f"{settings.dataset!r} holds ids of {made_for!r}; make it anew with `python DataProcess/"
@@ -189,8 +199,10 @@ def load_tokenizer(settings: Settings, made_for: str) -> PreTrainedTokenizerBase
 def load_entries(settings: Settings) -> tuple[Dataset, Dataset, dict]:
     """Training and evaluation entries (of a causal model: comparisons), and how they were made."""
     made_by = "python DataProcess/tldr_data_process_partial.py"
-    entries, how = read_dataset(settings.dataset, made_by)
-    pairs, _ = read_dataset(f"{settings.dataset}/pairs", made_by)
+    entries, how = read_dataset(settings.dataset, made_by, columns={"pair", "length"})
+    pairs, _ = read_dataset(
+        f"{settings.dataset}/pairs", made_by, columns={"prompt_ids", "chosen_ids", "rejected_ids"}
+    )
     if "frame" not in how:
         fail(f"{settings.dataset!r} is no prefix dataset; make it with `{made_by}`")
 
@@ -225,12 +237,7 @@ def make_trainer(settings: Settings) -> RewardTrainer:
         )
     tokenizer = load_tokenizer(settings, how["reward_model"])
 
-    settings.model_init_kwargs = {
-        "revision": settings.model_revision,
-        "attn_implementation": settings.attn_implementation,
-        "dtype": settings.dtype,
-        **(settings.model_init_kwargs or {}),
-    }
+    settings.model_init_kwargs = model_kwargs(settings)
     if how["causal"]:
         trainer_class, collator = (
             AllPrefixRewardTrainer,
@@ -239,26 +246,22 @@ def make_trainer(settings: Settings) -> RewardTrainer:
     else:
         trainer_class, collator = PrefixRewardTrainer, EntryCollator(tokenizer, how["segment_ids"])
 
-    return trainer_class(
-        model=settings.model_name_or_path,
-        args=settings,
-        data_collator=collator,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(settings),
-        quantization_config=get_quantization_config(settings),
-    )
+    with one_message(f"train {settings.model_name_or_path!r} with these settings"):
+        return trainer_class(
+            model=settings.model_name_or_path,
+            args=settings,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(settings),
+            quantization_config=get_quantization_config(settings),
+        )
 
 
 def save_reward_model(trainer: RewardTrainer, settings: Settings) -> None:
     """Write the whole model (adapter merged) and its tokenizer beside the checkpoints."""
-    output_dir = Path(settings.output_dir)
-    written = output_dir / ".writing"
-    if trainer.is_world_process_zero():
-        shutil.rmtree(written, ignore_errors=True)  # an interrupted run may have left one
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(written))
+    written = save_beside(trainer)
     if not trainer.is_world_process_zero():
         return
 
@@ -271,41 +274,41 @@ def save_reward_model(trainer: RewardTrainer, settings: Settings) -> None:
             adapter.unlink()
         merged.config.pad_token_id = trainer.processing_class.pad_token_id
         merged.save_pretrained(written)
-    move_into_place(written, output_dir, marker="config.json")
+    move_into_place(written, Path(settings.output_dir), marker="config.json")
 
 
 def report(trainer: RewardTrainer, settings: Settings) -> None:
     """Print how the model ranks held-out prefixes, before and after training, by quarter."""
+    print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
     evaluations = [log for log in trainer.state.log_history if "eval_accuracy" in log]
-    before, after = evaluations[0], evaluations[-1]
-    rows = ["accuracy", *(f"accuracy_quarter_{quarter}" for quarter in range(1, 5)), "loss"]
-
-    print(f"\nwrote {settings.output_dir}/")
-    print(f"  held-out prefix pairs  step {before['step']:>6}  step {after['step']:>6}")
-    for row in rows:
-        values = (f"{log.get(f'eval_{row}', float('nan')):11.3f}" for log in (before, after))
-        print(f"  {row.replace('_', ' '):<21}", *values)
+    if evaluations and settings.eval_strategy != "no":
+        before, after = evaluations[0], evaluations[-1]
+        rows = ["accuracy", *(f"accuracy_quarter_{quarter}" for quarter in range(1, 5)), "loss"]
+        print(f"  held-out prefix pairs  step {before['step']:>6}  step {after['step']:>6}")
+        for row in rows:
+            values = (f"{log.get(f'eval_{row}', float('nan')):11.3f}" for log in (before, after))
+            print(f"  {row.replace('_', ' '):<21}", *values)
     print("next: python DPO_training/GPT2_large_DPO_tldr.py")
 
 
 def main() -> None:
-    parser = TrlParser((Settings,), description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_and_config(rename_old_flags(sys.argv[1:]))
+    settings = parse_settings(Settings, description=__doc__.splitlines()[0])
     settings.remove_unused_columns = False
-    if settings.trust_remote_code:
-        fail("--trust_remote_code stays off: this project runs no code from a model repository")
-
-    check_reward_model(settings.model_name_or_path)
+    check_reward_model(settings.model_name_or_path, settings.model_revision)
+    checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
+    settings.eval_on_start = settings.eval_on_start and checkpoint is None
     log_offline_without_login(settings.report_to)
 
     trainer = make_trainer(settings)
-    trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    check_writable(settings.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if settings.eval_strategy != "no":
         trainer.evaluate()
 
-    save_reward_model(trainer, settings)
+    with one_message(f"write {settings.output_dir!r}"):
+        save_reward_model(trainer, settings)
     PartialState().wait_for_everyone()
-    if trainer.is_world_process_zero() and settings.eval_strategy != "no":
+    if trainer.is_world_process_zero():
         report(trainer, settings)
 
 

@@ -1,0 +1,375 @@
+"""Stages 2 and 3 under SIGKILL, damaged files, wrong settings, and several processes."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import GPT2_large_DPO_tldr
+import psutil
+import pytest
+import tldr_partial_reward_model
+import torch
+import training_setup
+import transformers
+from conftest import ROOT
+from forked import Run, run
+from safetensors.torch import load_file
+from test_training import make_prefix_data, run_main
+from tldr_partial_reward_model import Settings, make_trainer
+
+REWARD = "partial_reward_training/tldr_partial_reward_model.py"
+DPO = "DPO_training/GPT2_large_DPO_tldr.py"
+OUTPUT = {REWARD: "partial_reward_modeling_tldr", DPO: "GPT2_large_tldr_DPO"}
+WEIGHTS = {REWARD: "model.safetensors", DPO: "adapter_model.safetensors"}
+MODULES = {REWARD: tldr_partial_reward_model, DPO: GPT2_large_DPO_tldr}
+RESUME = ("--resume_from_checkpoint", "True")
+
+
+@pytest.fixture(scope="session")
+def data(small_models, tmp_path_factory) -> dict[str, Path]:
+    """Run directories to copy: what stage 1 leaves, for an encoder and for a causal reward model."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("deberta", "gpt2-reward"):
+            folders[name] = tmp_path_factory.mktemp(name)
+            monkeypatch.chdir(folders[name])
+            make_prefix_data(monkeypatch, small_models[name])
+    return folders
+
+
+@pytest.fixture
+def here(data, tmp_path) -> Path:
+    shutil.copytree(data["deberta"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flags_for(script: str, model: str, *more: str, steps: int = 2) -> list[str]:
+    flags = ["--model_name_or_path", model, "--report_to", "none", "--gradient_checkpointing", "False"]
+    flags += ["--max_steps", str(steps), "--logging_steps", "1", "--learning_rate", "1e-3"]
+    flags += ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "4"]
+    if script == REWARD:
+        flags += ["--eval_comparisons", "4", "--eval_entries", "8", "--disable_dropout", "False"]
+    return [*flags, *more]
+
+
+def curve(folder: Path, step: int) -> list[dict]:
+    """What was logged at each step of training, but for times and running totals."""
+    logs = json.loads((folder / f"checkpoint-{step}/trainer_state.json").read_text())["log_history"]
+    passing = ("num_tokens", "runtime", "per_second")
+    return [{key: log[key] for key in log if not key.endswith(passing)} for log in logs]
+
+
+def last_step(output: Path) -> int:
+    """The highest step that a checkpoint, whole or not, has been begun for."""
+    return max((int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*")), default=0)
+
+
+# Killed
+
+
+@pytest.mark.parametrize(("script", "model", "kills"), [(REWARD, "deberta", 6), (DPO, "gpt2", 4)])
+def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(
+    data, small_models, tmp_path, script, model, kills
+):
+    """Weights bit by bit, and every logged number, with dropout on; the order of the data, too."""
+    flags = flags_for(script, small_models[model], "--save_steps", "2", steps=40)
+    whole, killed = (shutil.copytree(data["deberta"], tmp_path / name) for name in ("whole", "killed"))
+    _, said = run(script, flags, whole)
+    pause = 2 / 40 * float(re.search(r"'train_runtime': '([\d.]+)'", said)[1])
+    output = OUTPUT[script]
+
+    moments = random.Random(7)
+    for _ in range(kills):
+        training = Run(script, [*flags, *RESUME], killed)
+        saved = last_step(killed / output) + 2 * moments.choice([1, 1, 2])
+        while last_step(killed / output) < saved:
+            assert training.process.is_alive(), training.log.read_text()
+            time.sleep(0.001)
+        assert training.kill_after(moments.uniform(0, pause))
+    code, said = run(script, [*flags, *RESUME], killed)
+    assert code == 0 and "starts from the beginning" not in said, said
+
+    expected, weights = (load_file(folder / output / WEIGHTS[script]) for folder in (whole, killed))
+    assert expected.keys() == weights.keys()
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    assert curve(killed / output, 40) == curve(whole / output, 40)
+    assert not (killed / output / ".writing").exists()
+
+
+def test_only_a_whole_checkpoint_is_continued(here, small_models):
+    """After damage the checkpoint before is used; without any, training starts anew."""
+    flags = flags_for(REWARD, small_models["deberta"], "--save_steps", "1", steps=3)
+    code, said = run(REWARD, [*flags, *RESUME], here)
+    assert code == 0 and "training starts from the beginning" in said
+
+    output = here / OUTPUT[REWARD]
+    kept = sorted(folder.name for folder in output.glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-3"]  # --save_total_limit
+    assert not [*output.rglob("training_args.bin")]
+    find = training_setup.checkpoint_to_resume
+    assert find("True", output) == find("true", output) == str(output / "checkpoint-3")
+    assert find(None, output) is None is find("False", output)
+
+    os.truncate(output / "checkpoint-3/optimizer.pt", 1000)
+    assert find("True", output) == str(output / "checkpoint-2")
+    (output / "checkpoint-2/model.safetensors").unlink()
+    assert find("True", output) is None
+
+    for folder in (output / "checkpoint-3", here / "nowhere"):
+        code, said = run(REWARD, [*flags, "--resume_from_checkpoint", folder], here)
+        assert code == 2 and "Traceback" not in said
+        assert said.strip().splitlines()[-1].startswith(f"error: '{folder}' is no whole checkpoint")
+
+
+def test_an_old_checkpoint_is_deleted_only_after_the_new_one_is_whole(here, small_models, monkeypatch):
+    """Or a kill between the two would leave nothing, with --save_total_limit 1."""
+    monkeypatch.chdir(here)
+    trainer = make_trainer(
+        Settings(small_models["deberta"], report_to="none", save_total_limit=1, max_steps=1)
+    )
+    trainer.create_optimizer_and_scheduler(1)
+    delete = training_setup.rotate_checkpoints
+
+    def only_when_whole(output_dir: str, save_total_limit: int | None = None, **options) -> None:
+        newest = Path(output_dir, f"checkpoint-{trainer.state.global_step}")
+        assert save_total_limit is None or training_setup.is_whole(newest)
+        delete(output_dir, save_total_limit=save_total_limit, **options)
+
+    monkeypatch.setattr(training_setup, "rotate_checkpoints", only_when_whole)
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", only_when_whole)
+    for step in (1, 2):
+        trainer.state.global_step = step
+        trainer._save_checkpoint(trainer.model, None)
+    assert [folder.name for folder in here.glob("*/checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_of_the_same_step_is_not_mixed_with_an_earlier_one(here, small_models, monkeypatch):
+    monkeypatch.chdir(here)
+    trainer = make_trainer(Settings(small_models["deberta"], report_to="none", max_steps=1))
+    trainer.create_optimizer_and_scheduler(1)
+    trainer._save_checkpoint(trainer.model, None)
+    folder = here / OUTPUT[REWARD] / "checkpoint-0"
+    assert training_setup.is_whole(folder)
+
+    # Files of one length, so that a list of sizes could not tell them apart.
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: os._exit(9))
+    killed = os.fork()
+    if killed == 0:
+        trainer._save_checkpoint(trainer.model, None)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    assert (folder / "model.safetensors").exists() and not training_setup.is_whole(folder)
+
+
+# Bad input
+
+
+class Code:
+    """Pickled, it is an instruction to run something."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def changed(model: str, folder: Path, change: Callable[[Path], object]) -> str:
+    change(shutil.copytree(model, folder))
+    return str(folder)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def as_pickle(folder: Path, contents: object = None) -> None:
+    weights = folder / "model.safetensors"
+    torch.save(contents or load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+
+
+MODELS = {
+    "weights cut short": (lambda folder: cut(folder / "model.safetensors"), "cannot load the weights"),
+    "noise for weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 999),
+        "cannot load the weights",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors"),
+    "weights in another pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.pkl"),
+        "has neither model.safetensors nor pytorch_model.bin",
+    ),
+    "pickle cut short": (
+        lambda folder: [as_pickle(folder), cut(folder / "pytorch_model.bin")],
+        "cannot load the weights",
+    ),
+    "configuration cut short": (lambda folder: cut(folder / "config.json"), "cannot load"),
+    "tokenizer cut short": (lambda folder: cut(folder / "tokenizer.json"), "cannot load the tokenizer"),
+}
+
+
+@pytest.fixture
+def refused(here, monkeypatch, capsys) -> Callable[[str, list[str], str], None]:
+    """Exit code 2, one error line that holds the message, no traceback, nothing written."""
+
+    def check(script: str, flags: list[str], message: str) -> None:
+        before = sorted(here.rglob("*"))
+        monkeypatch.chdir(here)
+        with pytest.raises(SystemExit) as stopped:
+            run_main(MODULES[script], monkeypatch, *flags)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("error: ") == 1
+        assert message in said.split("error: ")[1]
+        assert sorted(here.rglob("*")) == before
+
+    return check
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_damaged_model_is_refused(refused, small_models, tmp_path, case):
+    change, message = MODELS[case]
+    for script, model in ((REWARD, "deberta"), (DPO, "gpt2")):
+        folder = changed(small_models[model], tmp_path / model, change)
+        refused(script, flags_for(script, folder), message)
+
+
+def test_a_pickle_of_code_is_refused_and_not_run(refused, small_models, tmp_path):
+    sentinel = tmp_path / "ran"
+    for script, model in ((REWARD, "deberta"), (DPO, "gpt2")):
+        code = {"weight": Code(f"touch {sentinel}")}
+        folder = changed(small_models[model], tmp_path / model, lambda to, code=code: as_pickle(to, code))
+        refused(script, flags_for(script, folder), "holds more than tensors")
+    assert not sentinel.exists()
+    torch.load(tmp_path / "gpt2/pytorch_model.bin", weights_only=False)
+    assert sentinel.exists()  # the pickle would have run
+
+
+def test_a_pickle_of_tensors_is_read_with_one_warning(here, small_models, tmp_path):
+    folder = changed(small_models["deberta"], tmp_path / "pickled", as_pickle)
+    code, said = run(REWARD, flags_for(REWARD, folder), here)
+    assert code == 0 and said.count("warning: ") == 1
+    assert "its pickle pytorch_model.bin is read with weights_only=True" in said
+    assert (here / OUTPUT[REWARD] / "model.safetensors").exists()
+
+
+SETTINGS = {
+    "hub name, no network": (REWARD, "nobody/nothing", [], "cannot load 'nobody/nothing'"),
+    "encoder as policy": (DPO, "deberta", [], "a policy is a causal language model"),
+    "reward model as policy": (DPO, "gpt2-reward", [], "a policy is a causal language model"),
+    "unknown flag": (REWARD, "deberta", ["--nonsense", "1"], "--nonsense"),
+    "wrong type": (DPO, "gpt2", ["--max_steps", "many"], "--max_steps"),
+    "flags that disagree": (
+        REWARD,
+        "deberta",
+        ["--load_best_model_at_end", "--save_steps", "3"],
+        "round multiple",
+    ),
+    "no batch": (DPO, "gpt2", ["--per_device_train_batch_size", "0"], "must be at least 1"),
+    "no such layer": (DPO, "gpt2", ["--lora_target_modules", "none"], "Target modules none not found"),
+    "unwritable folder": (DPO, "gpt2", ["--output_dir", "/proc/nothing"], "/proc/nothing"),
+    "code of a repository": (REWARD, "deberta", ["--trust_remote_code"], "--trust_remote_code stays off"),
+    "pickled code": (
+        DPO,
+        "gpt2",
+        ["--model_init_kwargs", '{"weights_only": false}'],
+        "weights_only stays on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_wrong_settings_are_refused(refused, small_models, case):
+    script, model, more, message = SETTINGS[case]
+    refused(script, flags_for(script, small_models.get(model, model), *more), message)
+
+
+PREFIXES = "summarize_from_feedback_partial"
+DAMAGE = {
+    "prefixes cut short": (REWARD, f"{PREFIXES}/train/*.arrow", cut),
+    "comparisons cut short": (REWARD, f"{PREFIXES}/pairs/train/*.arrow", cut),
+    "prefixes missing": (REWARD, f"{PREFIXES}/train/*.arrow", Path.unlink),
+    "processing.json missing": (REWARD, f"{PREFIXES}/processing.json", Path.unlink),
+    "processing.json cut short": (REWARD, f"{PREFIXES}/processing.json", cut),
+    "another dataset": (
+        REWARD,
+        f"{PREFIXES}/pairs",
+        lambda pairs: [
+            shutil.rmtree(pairs.parent / "train"),
+            shutil.copytree(pairs / "train", pairs.parent / "train"),
+        ],
+    ),
+    "preferences cut short": (DPO, "summarize_from_feedback/train/*.arrow", cut),
+    "no split for training": (DPO, "summarize_from_feedback/train", shutil.rmtree),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_dataset_is_refused(refused, here, small_models, case):
+    script, pattern, damage = DAMAGE[case]
+    damage(next(here.glob(pattern)))
+    model = small_models["deberta" if script == REWARD else "gpt2"]
+    refused(script, flags_for(script, model), "make it with `python DataProcess/")
+
+
+# Several processes
+
+
+def torchrun(processes: int, flags: list[str], directory: Path) -> subprocess.Popen:
+    """Start the reward model's training; what it prints goes to `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    with open(directory / "log", "w") as log:
+        return subprocess.Popen(
+            [str(part) for part in (*command, ROOT / REWARD, *flags)],
+            cwd=directory,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def flags_of_a_step(model: str, batch: int) -> list[str]:
+    """The same six rows in each step: `batch` of them on a process."""
+    flags = flags_for(REWARD, model, "--save_steps", "2", "--disable_dropout", "True", steps=12)
+    return [*flags, "--per_device_train_batch_size", str(batch), *RESUME]
+
+
+def losses(directory: Path) -> list[float]:
+    return [log["loss"] for log in curve(directory / OUTPUT[REWARD], 12) if "loss" in log]
+
+
+def test_loss_does_not_depend_on_the_number_of_processes(data, small_models, tmp_path):
+    """A causal model, whose rows hold different numbers of entries; the loss is averaged over all of them."""
+    one, three = (shutil.copytree(data["gpt2-reward"], tmp_path / name) for name in ("one", "three"))
+    code, said = run(REWARD, flags_of_a_step(small_models["gpt2-reward"], 6), one)
+    assert code == 0 and "(processes: 1)" in said
+
+    assert torchrun(3, flags_of_a_step(small_models["gpt2-reward"], 2), three).wait() == 0
+    assert (three / "log").read_text().count("(processes: 3)") == 1  # one process alone prints
+    assert len(losses(one)) == 12 and losses(three) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_a_killed_process_ends_the_other_and_a_rerun_continues(data, small_models, tmp_path):
+    one, two = (shutil.copytree(data["deberta"], tmp_path / name) for name in ("one", "two"))
+    assert run(REWARD, flags_of_a_step(small_models["deberta"], 6), one)[0] == 0
+
+    launched = torchrun(2, flags_of_a_step(small_models["deberta"], 3), two)
+    while last_step(two / OUTPUT[REWARD]) < 4:
+        assert launched.poll() is None, (two / "log").read_text()
+        time.sleep(0.001)
+    children = psutil.Process(launched.pid).children()
+    (second,) = (child for child in children if child.environ().get("RANK") == "1")
+    second.kill()
+    assert launched.wait() != 0 and not any(child.is_running() for child in children)
+    assert "(processes: 2)" not in (two / "log").read_text()
+
+    assert torchrun(2, flags_of_a_step(small_models["deberta"], 3), two).wait() == 0
+    said = (two / "log").read_text()
+    assert said.count("(processes: 2)") == 1 and "starts from the beginning" not in said
+    assert len(losses(one)) == 12 and losses(two) == pytest.approx(losses(one), abs=1e-4)
