@@ -15,11 +15,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import NoReturn
 
-from dataset_files import fail, save_dataset
+from dataset_files import save_dataset, workspace
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import HfArgumentParser
+from script_settings import fail, parse_settings
 
 
 @dataclass
@@ -50,19 +50,26 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
     where = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
     try:
         return load_dataset(name, config, **where)
-    except (RuntimeError, ValueError) as error:
-        # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
-        if config is None:
-            fail(f"cannot load {name!r}: {error}")
     except Exception as error:
-        fail(f"cannot load {name!r}: {error.__cause__ or error}")
+        # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
+        if config is None or not isinstance(error, RuntimeError | ValueError):
+            fail_to_load(name, error)
+        first_error = error
 
     try:
         return load_dataset(name, data_dir=config, revision="refs/convert/parquet", **where)
     except Exception as error:
-        fail(
-            f"cannot load {name!r}, neither its configuration {config!r} nor the parquet copy of it: {error}"
-        )
+        fail_to_load(name, first_error, f"; and no parquet copy of configuration {config!r}: {reason(error)}")
+
+
+def fail_to_load(name: str, error: Exception, also: str = "") -> NoReturn:
+    hint = "" if Path(name).is_dir() else "; a folder of a dataset's name here is read in place of the hub's"
+    fail(f"cannot load {name!r}: {reason(error)}{also}{hint}")
+
+
+def reason(error: Exception) -> str:
+    """What `datasets` wraps in a general message, without the schemas it may print."""
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def preference_from_comparison(row: dict, index: int, split: str, template: str) -> dict[str, str]:
@@ -83,7 +90,7 @@ def preference_from_comparison(row: dict, index: int, split: str, template: str)
     if len(summaries) != 2:
         raise ValueError(f"row {index} of split {split!r}: {len(summaries)} summaries, not 2")
 
-    if not all(isinstance(text, str | None) for text in (post, *summaries)):
+    if not all(map(is_text_or_none, (post, *summaries))):
         raise ValueError(f"row {index} of split {split!r}: the post or a summary is not text")
 
     chosen, rejected = summaries[choice], summaries[1 - choice]
@@ -110,20 +117,32 @@ def prompt_from_test_post(row: dict, index: int, template: str) -> dict[str, str
         ValueError: the row has no post between `POST:` and `TL;DR:`, or a field is missing.
     """
     try:
-        post = re.search(r"(?:^|\n)POST:(.*)\nTL;DR:\s*$", row["prompt"], flags=re.DOTALL)
-        reference = row["label"]
+        prompt, reference = row["prompt"], row["label"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"row {index} of the test posts has no usable field {error}") from None
 
-    if post is None:
+    if not isinstance(prompt, str) or not is_text_or_none(prompt) or not is_text_or_none(reference):
+        raise ValueError(f"row {index} of the test posts: `prompt` or `label` is not text")
+
+    start, end = re.search(r"^POST:|\nPOST:", prompt), prompt.rstrip().removesuffix("\nTL;DR:")
+    if start is None or start.end() > len(end) or end == prompt.rstrip():
         raise ValueError(f"row {index} of the test posts holds no text between `POST:` and `TL;DR:`")
-    if not post[1].strip():
+
+    post = end[start.end() :]
+    if not post.strip():
         return {"prompt": "", "reference": "", "dropped": "no post"}
     if not (reference or "").strip():
         return {"prompt": "", "reference": "", "dropped": "empty summary"}
 
     reference = format_response(reference, template)
-    return {"prompt": format_prompt(post[1], template), "reference": reference, "dropped": ""}
+    return {"prompt": format_prompt(post, template), "reference": reference, "dropped": ""}
+
+
+def is_text_or_none(value: object) -> bool:
+    """Text that can be written as UTF-8: half a surrogate pair cannot."""
+    if isinstance(value, str):
+        return value.isascii() or value.encode(errors="replace").decode() == value
+    return value is None
 
 
 def format_prompt(post: str, template: str) -> str:
@@ -137,21 +156,20 @@ def format_response(summary: str, template: str) -> str:
 
 def keep_useful(rows: Dataset, split: str) -> tuple[Dataset, dict[str, int]]:
     """Drop the rows that carry a reason in `dropped`, and count the reasons."""
-    counts = Counter(rows["dropped"])
-    kept = rows.filter(lambda dropped: not dropped, input_columns="dropped", desc=f"{split}: dropping")
-    counts.pop("", None)
-
-    if not len(kept):
+    reasons = rows["dropped"][:]
+    counts = Counter(filter(None, reasons))
+    kept = [at for at, reason in enumerate(reasons) if not reason]
+    if not kept:
         fail(f"no row of split {split!r} is of use; dropped: {dict(counts)}")
-    return kept.remove_columns("dropped"), dict(counts)
+    return rows.select(kept).remove_columns("dropped"), dict(counts)
 
 
 def process_splits(
-    settings: Settings, template: str, cache_dir: str
+    settings: Settings, template: str, work: Path
 ) -> tuple[DatasetDict, dict[str, dict[str, int]]]:
     """The three splits, and how many rows of each were dropped for which reason."""
-    comparisons = load_source(settings.comparisons, settings.comparisons_config, cache_dir)
-    test_posts = load_source(settings.test_posts, None, cache_dir)
+    comparisons = load_source(settings.comparisons, settings.comparisons_config, str(work))
+    test_posts = load_source(settings.test_posts, None, str(work))
 
     for source, name, splits in (
         (comparisons, settings.comparisons, ("train", "validation")),
@@ -173,6 +191,7 @@ def process_splits(
             with_indices=True,
             fn_kwargs={"template": template, **kwargs},
             remove_columns=source.column_names,
+            cache_file_name=str(work / f"{split}.arrow"),
             desc=f"{split}: formatting",
         )
         processed[split], dropped[split] = keep_useful(rows, split)
@@ -180,8 +199,7 @@ def process_splits(
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
+    settings = parse_settings(Settings, __doc__)
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher one process is enough
 
@@ -189,9 +207,9 @@ def main() -> None:
     if template.count("{post}") != 1:
         fail(f"--template must hold {{post}} exactly once, not {settings.template!r}")
 
-    with TemporaryDirectory() as cache_dir:
+    with workspace(settings.output) as work:
         try:
-            processed, dropped = process_splits(settings, template, cache_dir)
+            processed, dropped = process_splits(settings, template, work)
         except ValueError as error:
             fail(str(error))
         save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)

@@ -14,13 +14,14 @@ makes an entry; past its own end a response stays whole. Entries over `max_lengt
 import os
 from dataclasses import dataclass, field
 from itertools import chain
-from tempfile import TemporaryDirectory
+from pathlib import Path
 
-from dataset_files import fail, read_dataset, save_dataset
+from dataset_files import read_dataset, save_dataset, workspace
 from datasets import Dataset, DatasetDict, Features, List, Value
 from pair_frame import PairFrame, causal_frame, pair_frame
+from script_settings import fail, parse_settings
 from text_encoding import encode_prompts, encode_responses, encode_texts
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -64,8 +65,8 @@ PAIR_FEATURES = Features(
 ENTRY_FEATURES = Features({"pair": Value("int32"), "length": Value("int32")})
 
 
-def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool]:
-    """The reward model's tokenizer, and whether the model is causal (decoder-only)."""
+def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool, int]:
+    """The reward model's tokenizer, whether the model is causal (decoder-only), and how much it reads."""
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -80,7 +81,9 @@ def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool]:
     )
     if causal and tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {name!r} has no EOS, which ends a response of a causal reward model")
-    return tokenizer, causal
+    # A tokenizer that does not know says 1e30; some configurations say nothing.
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return tokenizer, causal, min(positions, tokenizer.model_max_length)
 
 
 def choose_comparisons(rows: Dataset, count: int, seed: int) -> Dataset:
@@ -186,8 +189,8 @@ def list_entries(batch: dict[str, list], indices: list[int]) -> dict[str, list[i
     return {"pair": [pair for pair, _ in rows], "length": [length for _, length in rows]}
 
 
-def build_split(rows: Dataset, split: str, encoding: dict, cache_dir: str) -> tuple[Dataset, Dataset]:
-    """The pairs of a split with their ids, and its entries; files are written to `cache_dir`."""
+def build_split(rows: Dataset, split: str, encoding: dict, work: Path) -> tuple[Dataset, Dataset]:
+    """The pairs of a split with their ids, and its entries; files are written to `work`."""
     pairs = rows.map(
         encode_pairs,
         batched=True,
@@ -196,7 +199,7 @@ def build_split(rows: Dataset, split: str, encoding: dict, cache_dir: str) -> tu
         remove_columns=rows.column_names,
         features=PAIR_FEATURES,
         load_from_cache_file=False,
-        cache_file_name=f"{cache_dir}/{split}-pairs.arrow",
+        cache_file_name=str(work / f"{split}-pairs.arrow"),
         desc=f"{split}: encoding prefixes",
     )
     entries = pairs.map(
@@ -206,7 +209,7 @@ def build_split(rows: Dataset, split: str, encoding: dict, cache_dir: str) -> tu
         remove_columns=pairs.column_names,
         features=ENTRY_FEATURES,
         load_from_cache_file=False,
-        cache_file_name=f"{cache_dir}/{split}-entries.arrow",
+        cache_file_name=str(work / f"{split}-entries.arrow"),
         desc=f"{split}: listing entries",
     )
     if not len(entries):
@@ -223,27 +226,34 @@ def summary_line(split: str, pairs: Dataset, entries: Dataset) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
+    settings = parse_settings(Settings, __doc__)
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher one process is enough
 
-    dataset, notes = read_dataset(settings.dataset, made_by="python DataProcess/tldr_data_process.py")
-    tokenizer, causal = load_reward_tokenizer(settings.reward_model)
+    if Path(settings.output).resolve() == Path(settings.dataset).resolve():
+        fail("--output would replace --dataset; name another folder")
+
+    columns = dict.fromkeys(("train", "validation"), ["prompt", "chosen", "rejected"])
+    dataset, notes = read_dataset(
+        settings.dataset, columns, made_by="python DataProcess/tldr_data_process.py"
+    )
+    tokenizer, causal, longest_input = load_reward_tokenizer(settings.reward_model)
+    if longest_input < settings.max_length:
+        print(f"{settings.reward_model} reads {longest_input} tokens: longer entries are dropped")
     encoding = {
         "tokenizer": tokenizer,
         "frame": causal_frame(tokenizer) if causal else pair_frame(tokenizer),
         "causal": causal,
         "template": notes.get("template", "{post}"),
-        "max_length": settings.max_length,
+        "max_length": min(settings.max_length, longest_input),
     }
 
     counts = {"train": settings.num_comparisons, "validation": settings.num_validation_comparisons}
     pairs, entries = DatasetDict(), DatasetDict()
-    with TemporaryDirectory() as cache_dir:
+    with workspace(settings.output) as work:
         for split, count in counts.items():
             rows = choose_comparisons(dataset[split], count, settings.seed)
-            pairs[split], entries[split] = build_split(rows, split, encoding, cache_dir)
+            pairs[split], entries[split] = build_split(rows, split, encoding, work)
 
         how = {
             "reward_model": settings.reward_model,

@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from command_line import fail, is_main, parse_settings
 from datasets import load_from_disk
 from peft import PeftConfig
 from policy_loading import Policy, load_policy
@@ -43,6 +42,7 @@ from reward_scoring import (
     positions,
     score_pairs,
 )
+from script_settings import fail, is_main, parse_settings
 from text_encoding import decode_texts, encode_prompts, start_ids
 from tqdm import tqdm
 from transformers import (
@@ -242,7 +242,7 @@ def read_own_prompts(path: str) -> tuple[list[str], list[str | None]]:
     """Read lines {"prompt": ..., "reference": ...}; the reference may be left out."""
     prompts, references = [], []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read the prompts {path!r}: {error}")
 

@@ -5,9 +5,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from command_line import fail
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, load_peft_weights
 from reward_scoring import copy_weights, longest_input, warn_of_pickle, why
+from script_settings import fail
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from command_line import fail
+from script_settings import fail
 
 
 class Progress:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pickle import UnpicklingError
 
 import torch
-from command_line import fail, is_main
 from fast_attention import use_fast_attention
 from pair_frame import PairFrame, causal_frame, pair_frame
+from script_settings import fail, is_main
 from text_encoding import decode_texts, encode_prompts, encode_responses, encode_texts
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pandas as pd
 import PARGS_baselines
 import pytest
@@ -55,12 +56,12 @@ def call(command: str, directory: Path, **environment: str) -> subprocess.Comple
     )
 
 
-def assert_clear_error(done: subprocess.CompletedProcess, *said: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(re.findall(r"error:", done.stderr)) == 1
+def assert_clear_error(status: int, output: str, *said: str) -> None:
+    assert status == 2, output
+    assert "Traceback" not in output
+    assert len(re.findall(r"error:", output)) == 1
     for text in said:
-        assert text in done.stderr
+        assert text in output
 
 
 def test_readme_has_these_commands():
@@ -105,7 +106,8 @@ def test_commands_run_word_for_word(hub_directory):
     assert "--no_remove_unused_columns became" in dpo and "--fp16 needs a GPU" in dpo
     assert list((hub_directory / "wandb").glob("offline-run-*"))
 
-    assert_clear_error(call(judge, hub_directory), "OPENAI_API_KEY")
+    done = call(judge, hub_directory)
+    assert_clear_error(done.returncode, done.stderr, "OPENAI_API_KEY")
     assert not (hub_directory / "gpt-4-evaluations").exists()
 
 
@@ -121,9 +123,10 @@ def test_commands_run_word_for_word(hub_directory):
     ],
 )
 def test_what_is_missing_is_named_with_the_command(tmp_path, script, arguments, said):
-    done = call(f"python {script} {arguments}", tmp_path)
-    assert_clear_error(done, said)
-    assert not list(tmp_path.iterdir())
+    directory = tmp_path / "run"
+    directory.mkdir()
+    assert_clear_error(*forked.run(script, arguments.split(), directory), said)
+    assert not list(directory.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -164,6 +167,9 @@ def test_own_prompts_and_their_errors(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "POST: a\\nTL;DR:", "reference": " b"}\n\n{"prompt": "c"}\n')
     assert read_own_prompts(str(path)) == (["POST: a\nTL;DR:", "c"], [" b", None])
+
+    path.write_text('{"prompt": "one\u2028prompt"}\n', encoding="utf-8")
+    assert read_own_prompts(str(path)) == (["one\u2028prompt"], [None])
 
     for line, said in (
         ("nonsense", "line 1 is not a JSON object"),

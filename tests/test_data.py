@@ -38,7 +38,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("helper", ["text_encoding.py", "pair_frame.py", "training_setup.py"])
+@pytest.mark.parametrize(
+    "helper", ["text_encoding.py", "pair_frame.py", "training_setup.py", "script_settings.py"]
+)
 def test_stages_keep_equal_copies(helper):
     """A stage imports nothing of another, so what two stages must do alike is the same file twice."""
     copies = [ROOT / stage / helper for stage in STAGES if (ROOT / stage / helper).exists()]

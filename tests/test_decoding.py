@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import save
+from conftest import ROOT, save
 from PARGS_baselines import (
     METHODS,
     Row,
@@ -52,6 +52,7 @@ PAIRS = [
     ("llama", "llama-reward"),
     ("words", "bert"),
     ("words", "words-reward"),
+    ("demo", "demo-deberta"),
 ]
 
 
@@ -88,7 +89,9 @@ def word_models(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def folders(small_models, word_models) -> dict[str, str]:
-    return {**small_models, **word_models}
+    demo = ROOT / "demo/models"
+    trained = {"demo": str(demo / "summariser"), "demo-deberta": str(demo / "full-reward-model")}
+    return {**small_models, **word_models, **trained}
 
 
 def make_settings(folders, policy="gpt2", reward="deberta", **changes) -> Settings:
