@@ -5,4 +5,5 @@ cd "$(dirname "$0")"
 . ./environment.sh
 prepare_environment requirements-dev.txt
 
-python -m pytest -q "$@"
+# A test needs one core; several run at once.
+OMP_NUM_THREADS=1 python -m pytest -q -n logical --maxprocesses 4 "$@"

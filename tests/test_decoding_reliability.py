@@ -210,8 +210,7 @@ def test_a_full_disk_ends_in_one_message_and_keeps_what_was_finished(flags, smal
 
 
 def launch(processes: int, flags: list[str], directory: Path) -> subprocess.Popen:
-    port = str(29500 + os.getpid() % 400)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [sys.executable, *launcher, ROOT / SCRIPT, *flags],
         cwd=directory,
