@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -39,14 +40,17 @@ OLD_FLAGS = {
     "--torch_dtype": "--dtype",
 }
 FILE_LIST = "whole.json"
+PATIENCE = 5.0  # seconds in which a launcher ends the other processes of one that failed
 # What a damaged file, a full disk or a setting that does not fit raises in torch and in these libraries.
 PLAIN_ERRORS = (OSError, ValueError, RuntimeError, EOFError, SafetensorError)
 
 
 def fail(message: str) -> NoReturn:
     """Print one error line (under several processes, once a node) and exit with code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)  # where all fail alike, the first one speaks and the launcher ends the others
+        message = f"process {os.environ.get('RANK')}: {message}"
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ def join_processes() -> PartialState:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     # Said outright, or processes without a GPU would not find each other.
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 def copy_weights(model: PreTrainedModel) -> PreTrainedModel:

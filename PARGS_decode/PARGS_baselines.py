@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import load_from_disk
 from peft import PeftConfig
 from policy_loading import Policy, load_policy
-from progress import Progress, prompt_key
+from progress import Progress, digest, drop_progress
 from reward_scoring import (
     CachedGuide,
     RereadingGuide,
@@ -165,6 +166,8 @@ def check_settings(settings: Settings) -> None:
     unknown = [method for method in settings.methods if method not in METHODS]
     if unknown or not settings.methods:
         fail(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown) or 'nothing'}")
+    if settings.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail("--device_map spreads a policy over all GPUs: start one process, without a launcher")
     for name, least in (("k", 1), ("max_new_tokens", 1), ("best_of", 1), ("num_prompts", 0)):
         if getattr(settings, name) < least:
             fail(f"--{name} must be at least {least}, not {getattr(settings, name)}")
@@ -195,24 +198,27 @@ def check_models(settings: Settings) -> dict[str, str | None]:
         if role.endswith("policy") and settings.k > vocabulary:
             fail(f"--k {settings.k} is more than the {vocabulary} tokens that {name!r} knows")
         identities[role] = folder_digest(name) or getattr(config, "_commit_hash", None)
+        base = folder_digest(getattr(config, "base_model_name_or_path", None) or "")
+        if base:  # of an adapter
+            identities[role] += base
     return identities
 
 
 def folder_digest(name: str) -> str | None:
     """A digest of a model's folder, of whose large files blocks are read; None for a hub name."""
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         return None
-    digest = blake2b(digest_size=8)
+    seen = blake2b(digest_size=8)
     for path in sorted(Path(name).iterdir()):
         if path.suffix not in (".safetensors", ".bin", ".json"):
             continue
         size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
+        seen.update(json.dumps([path.name, size]).encode())
         with open(path, "rb") as file:
             for start in range(0, size, max(4096, size // 64)):
                 file.seek(start)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
+                seen.update(file.read(4096))
+    return seen.hexdigest()
 
 
 def load_prompts(settings: Settings) -> tuple[list[str], list[str | None], str]:
@@ -483,7 +489,7 @@ def decode_method(
     if room <= len(start):
         fail(f"{name!r} reads {policy.max_length} tokens: no prompt fits beside --max_new_tokens")
     encoded = encode_prompts(policy.tokenizer, prompts, template)
-    cut = sum(len(start) + len(ids) > room for ids in encoded)
+    cut = sum(gather_object([sum(len(start) + len(ids) > room for ids in encoded)]))
     if cut and is_main():
         print(f"{method}: {cut} prompts are longer than {name!r} can read and lose their beginning")
     encoded = [start + ids[-(room - len(start)) :] for ids in encoded]
@@ -500,13 +506,22 @@ def decode_method(
     with tqdm(total=len(rows) * most, desc=f"{method:<7}", unit="token", disable=not is_main()) as bar:
         for wave in waves(unwritten, samples, policy, guide, settings):
             writing = len(wave)
-            for step, done in enumerate(decode_wave(policy, wave, samples, settings, method, guide), start=1):
+            ended_rows = decode_wave(policy, wave, samples, settings, method, guide)
+            for step, done in enumerate(name_what_is_full(ended_rows), start=1):
                 if progress:
                     progress.add([record_of(row) for row in done])
                 # A row that ends early saves the tokens it could still have had.
                 writing, ended = writing - len(done), ended + len(done)
                 bar.update(ended * most + writing * step - bar.n)
     return rows, policy.tokenizer
+
+
+def name_what_is_full(steps: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """The same steps; a GPU whose memory is full ends in a message."""
+    try:
+        yield from steps
+    except torch.cuda.OutOfMemoryError:
+        fail("the GPU's memory is full; --cache_gb says how many prompts decode at once: lower it")
 
 
 def num_samples(method: str, settings: Settings) -> int:
@@ -516,7 +531,7 @@ def num_samples(method: str, settings: Settings) -> int:
 
 def record_of(row: Row) -> dict:
     kept = {"ids": row.ids, "finish_reason": row.finish_reason, "steps": row.steps}
-    return {"prompt": prompt_key(row.prompt), "sample": row.sample, **kept}
+    return {"prompt": digest(row.prompt), "sample": row.sample, **kept}
 
 
 def take_over(rows: list[Row], samples: int, progress: Progress) -> list[Row]:
@@ -525,7 +540,7 @@ def take_over(rows: list[Row], samples: int, progress: Progress) -> list[Row]:
     unwritten = []
     for at in range(0, len(rows), samples):
         group = rows[at : at + samples]
-        records = [found.get((prompt_key(row.prompt), row.sample)) for row in group]
+        records = [found.get((digest(row.prompt), row.sample)) for row in group]
         if None in records:
             unwritten += group
             continue
@@ -539,6 +554,9 @@ def make_guide(
 ) -> RereadingGuide | CachedGuide:
     reward_model = get_reward_model(how.guide, settings)
     reserved = settings.max_new_tokens + 1
+    if reward_model.max_length - reward_model.frame.num_special <= reserved:
+        length = reward_model.max_length
+        fail(f"{reward_model.name!r} reads {length} tokens: no prompt fits beside --max_new_tokens")
     if can_cache(reward_model, policy.tokenizer):
         return CachedGuide(reward_model, policy.eos_ids, template, reserved)
     return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, reserved)
@@ -609,18 +627,19 @@ def evaluate(
     """Rewards of finished responses to 4 decimals, one at a time so that none depends on its batch."""
     prompt_ids = encode_prompts(reward_model.tokenizer, prompts, template)
     response_ids = encode_written(reward_model, prompts, written)
-    found = {r["prompt"]: r["reward"] for r in progress.found if "reward" in r} if progress else {}
+    found = {r["pair"]: r["reward"] for r in progress.found if "reward" in r} if progress else {}
     report_cut(reward_model, prompt_ids, response_ids, reserved, title)
 
     rewards = []
-    pairs = zip(prompts, prompt_ids, response_ids, strict=True)
-    for prompt, *pair in tqdm(pairs, f"{title:<7} scores", len(prompts), disable=not is_main()):
-        reward = found.get(prompt_key(prompt))
+    pairs = zip(prompts, written, prompt_ids, response_ids, strict=True)
+    for prompt, response, *pair in tqdm(pairs, f"{title:<7} scores", len(prompts), disable=not is_main()):
+        key = digest([prompt, response.text])
+        reward = found.get(key)
         if reward is None:
             reward = round(score_pairs(reward_model, *([ids] for ids in pair), reserved).item(), 4)
             check_reward(reward, prompt, reward_model)
             if progress:
-                progress.add([{"prompt": prompt_key(prompt), "reward": reward}])
+                progress.add([{"pair": key, "reward": reward}])
         rewards.append(reward)
     return rewards
 
@@ -772,8 +791,7 @@ def claim_directory(settings: Settings, prompts: list[str], models: dict[str, st
 
     `models` are the identities of the models to be used; a model that was retrained is another setting.
     """
-    free = ("methods", "trace", "device_map", "token_budget", "cache_gb", "overwrite")
-    ours = {key: value for key, value in asdict(settings).items() if key not in free}
+    ours = settings_that_matter(settings)
     ours["prompts_digest"] = blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
     path = Path("decoding_settings.json")
     files = [*Path().glob("generation_*.json*"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
@@ -805,6 +823,24 @@ def claim_directory(settings: Settings, prompts: list[str], models: dict[str, st
     write_whole(str(path), json.dumps({**ours, "models": known | models}, indent=1, ensure_ascii=False))
 
 
+def settings_that_matter(settings: Settings) -> dict:
+    """Those that decide what is written for a prompt."""
+    free = ("methods", "trace", "device_map", "token_budget", "cache_gb", "overwrite")
+    return {key: value for key, value in asdict(settings).items() if key not in free}
+
+
+def experiment_of(method: str, prompts: list[str], models: dict, settings: Settings) -> str:
+    """What kept responses of a method must agree in to be gone on from; the main process's view."""
+    device = PartialState().device
+    what = [
+        settings_that_matter(settings) | {"dtype": str(choose_dtype(settings.dtype, device))},
+        settings.trace and METHODS[method].guide,
+        prompts,
+        models,
+    ]
+    return broadcast_object_list([digest(what)])[0]
+
+
 def result_files(settings: Settings) -> set[str]:
     """What the methods of this run leave behind, finished or not."""
     names = {"baseline_results.csv"}
@@ -822,17 +858,21 @@ def main() -> None:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     # Said outright, or processes without a GPU would not find each other.
-    PartialState(cpu=not torch.cuda.is_available())
+    # A process that has done its share waits for the others, however long.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     prompts, references, template = load_prompts(settings)
     models = check_models(settings)
     if is_main():
         claim_directory(settings, prompts, models)
 
     left = methods_left(prompts, settings)
+    for method in set(settings.methods) - set(left):
+        drop_progress(f"generation_{file_stem(method)}")
     for earlier, method in zip([None, *left], left, strict=False):
         if earlier and METHODS[earlier].policy != METHODS[method].policy:
             load_policy.cache_clear()  # the one policy goes before the other comes
-        progress = Progress(f"generation_{file_stem(method)}")
+        experiment = experiment_of(method, prompts, models, settings)
+        progress = Progress(f"generation_{file_stem(method)}", experiment)
         results = run_method(method, prompts, template, settings, progress)
         if is_main():
             save_method(method, results, settings.trace and METHODS[method].guide is not None)

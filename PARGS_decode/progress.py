@@ -16,14 +16,18 @@ from script_settings import fail
 
 
 class Progress:
-    """Append-only records of one part of the work; each process writes a file of its own and knows all."""
+    """Append-only records of one part of the work; each process writes a file of its own and knows all.
 
-    def __init__(self, stem: str):
+    `experiment` tells records apart that other settings left behind, say on another machine's disk.
+    """
+
+    def __init__(self, stem: str, experiment: str = ""):
         state = PartialState()
-        self.stem = stem
+        self.stem, self.experiment = stem, experiment
         self.path = Path(f"{stem}.progress-{state.process_index}.jsonl")
         try:
             found = [record for path in self.share_of_files() for record in read_records(path)]
+            found = [record for record in found if record.get("experiment") == experiment]
             # Nobody writes before everybody has read.
             self.found: list[dict] = gather_object(found)
             self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -43,7 +47,8 @@ class Progress:
 
     def add(self, records: list[dict]) -> None:
         """Append the records and hand them to the system at once: killing the process loses none of them."""
-        unwritten = "".join(json.dumps(record) + "\n" for record in records).encode()
+        lines = (json.dumps(record | {"experiment": self.experiment}) + "\n" for record in records)
+        unwritten = "".join(lines).encode()
         try:
             while unwritten:
                 unwritten = unwritten[os.write(self.descriptor, unwritten) :]
@@ -58,8 +63,15 @@ class Progress:
             path.unlink(missing_ok=True)
 
 
-def prompt_key(prompt: str) -> str:
-    return blake2b(json.dumps(prompt).encode(), digest_size=16).hexdigest()
+def digest(what: object) -> str:
+    """A short name for anything that JSON can hold."""
+    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def drop_progress(stem: str) -> None:
+    """Remove what a run left that was killed after its results were written."""
+    for path in Path().glob(f"{stem}.progress-*.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def read_records(path: Path) -> list[dict]:

@@ -196,9 +196,9 @@ def score_pairs(
             )
         except torch.cuda.OutOfMemoryError:
             if count == 1:
-                raise
-            torch.cuda.empty_cache()
-            reward_model.token_budget //= 2
+                fail(f"{reward_model.name!r} runs out of memory on one input; lower --cache_gb")
+            # Half of what did not fit, which may have been less than the budget.
+            reward_model.token_budget = count * len(inputs[order[0]]) // 2
             continue
         order = rest
     return rewards

@@ -52,7 +52,7 @@ class Settings:
         default_factory=lambda: [23214, 46429, 92858], metadata={"help": "Numbers of training comparisons."}
     )
     directory: str | None = field(
-        default=None, metadata={"help": "Where to work; everything there is removed at the end."}
+        default=None, metadata={"help": "Where to work, in a temporary folder that is removed."}
     )
 
 

@@ -48,8 +48,10 @@ class Run:
 
     def wait_for(self, text: str) -> None:
         """Return once the script has printed `text`."""
+        alive = True
         while text not in self.log.read_text():
-            assert self.process.is_alive(), self.log.read_text()
+            assert alive, self.log.read_text()
+            alive = self.process.is_alive()  # before the next look: what it prints last counts
             time.sleep(0.01)
 
     def finish(self) -> tuple[int, str]:

@@ -40,12 +40,12 @@ def reference_response(
 
     for step in range(max_new_tokens):
         logits = policy(torch.tensor([prompt_ids + response], device=policy.device)).logits[0, -1]
-        log_probs = logits.float().log_softmax(-1).tolist()
-        by_probability = sorted(range(len(log_probs)), key=lambda token: (-log_probs[token], token))
+        log_probs, by_probability = logits.float().log_softmax(-1).sort(descending=True, stable=True)
+        # One more than the candidates: a token just outside the top k could have been in it.
+        log_probs, by_probability = log_probs[: k + 1].tolist(), by_probability[: k + 1].tolist()
 
         scores = []
-        for token in by_probability[:k]:
-            score = log_probs[token]
+        for token, score in zip(by_probability[:k], log_probs, strict=False):
             if reward_model is not None:
                 score += weight * reference_reward(
                     reward_model, reward_tokenizer, causal, policy_tokenizer, prompt, [*response, token]
@@ -54,9 +54,8 @@ def reference_response(
 
         chosen, margin = pick(scores, None if uniforms is None else uniforms(step))
         token = by_probability[chosen]
-        # A token just outside the top k could have been in it.
         if k < len(by_probability):
-            margin = min(margin, log_probs[by_probability[k - 1]] - log_probs[by_probability[k]])
+            margin = min(margin, log_probs[k - 1] - log_probs[k])
         steps.append(Step(token, margin))
         if token == eos:
             break

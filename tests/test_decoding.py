@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import reward_scoring
 import torch
 from conftest import ROOT, save
 from PARGS_baselines import (
@@ -166,7 +167,7 @@ def test_tokens_do_not_depend_on_company(folders, prompts, policy_name, reward_n
     assert alone and all(response in together for response in alone)
 
 
-def test_a_policy_spread_over_devices_writes_the_same(folders, prompts):
+def test_a_device_map_changes_nothing_on_one_device(folders, prompts):
     settings = make_settings(folders, "gpt2", "gpt2-reward")
     assert write("PARGS", prompts, replace(settings, device_map="auto")) == write("PARGS", prompts, settings)
 
@@ -191,6 +192,53 @@ def test_causal_reward_model_without_shared_ids_rereads_text(folders, prompts):
             hidden = model.transformer(inputs).last_hidden_state[0, -1]
             scores[token] = (log_probs[token] + model.score(hidden)[0]).item()
         assert max(scores, key=scores.get) == [*ids, policy_tokenizer.eos_token_id][0]
+
+
+def test_a_candidate_that_ends_the_response_is_scored_as_finished(folders, prompts):
+    """Also where the text is read afresh: with the EOS of the reward model's own tokenizer."""
+    settings = make_settings(folders, "words", "gpt2-reward")
+    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
+    guide = make_guide(METHODS["ARGS"], policy, TEMPLATE, settings)
+    guide.begin(prompts[:1])
+    eos, bike, dog = policy.tokenizer.convert_tokens_to_ids(["<eos>", "bike", "dog"])
+    rewards = guide.score([[bike]], [[eos, dog]], torch.tensor([[eos, dog]]))[0].tolist()
+
+    model = AutoModelForSequenceClassification.from_pretrained(folders["gpt2-reward"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt2-reward"])
+    start = tokenizer(prompts[0])["input_ids"]
+    responses = tokenizer("bike")["input_ids"] + [tokenizer.eos_token_id], tokenizer("bikedog")["input_ids"]
+    for reward, response in zip(rewards, responses, strict=True):
+        ids = start + response
+        hidden = model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
+        assert reward == pytest.approx(model.score(hidden).item(), abs=1e-4)
+
+
+def test_running_out_of_memory_halves_the_micro_batch(folders, prompts, monkeypatch, capsys):
+    """No GPU here: reading more than two sequences at once is made to fail as it does there."""
+    reward_model = load_reward_model(folders["bert"], torch.float32, torch.device("cpu"), token_budget=10**6)
+    pairs = [[5, 6, 7]] * 9, [[8 + at, 9] for at in range(9)]
+    expected = score_pairs(reward_model, *pairs, reserved=4)
+    whole, most = reward_scoring.read_batch, 2
+
+    def read_few(reward_model, inputs, segments):
+        if len(inputs) > most:
+            raise torch.cuda.OutOfMemoryError
+        return whole(reward_model, inputs, segments)
+
+    monkeypatch.setattr(reward_scoring, "read_batch", read_few)
+    torch.testing.assert_close(score_pairs(reward_model, *pairs, reserved=4), expected, rtol=0, atol=1e-5)
+    most = 0
+    with pytest.raises(SystemExit):
+        score_pairs(reward_model, *pairs, reserved=4)
+    assert "runs out of memory" in capsys.readouterr().err
+
+
+def test_a_guide_that_leaves_no_room_for_the_prompt_is_refused(folders, capsys):
+    settings = make_settings(folders, "gpt2", "bert")
+    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        make_guide(METHODS["ARGS"], policy, TEMPLATE, replace(settings, max_new_tokens=253))
+    assert "no prompt fits beside --max_new_tokens" in capsys.readouterr().err
 
 
 # The distribution of a sampled token

@@ -1,5 +1,6 @@
 """Decoding that is killed, out of disk, given broken files, shared out: nothing lost, nothing silent."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, make_posts, save
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
+from progress import Progress
 from small_disk import small_disk  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -38,7 +41,7 @@ def flags(small_models, tmp_path) -> list[str]:
     named = [part for role, name in models.items() for part in (f"--{role}", small_models[name])]
     return [
         *("--prompts", str(tmp_path / "prompts.jsonl"), "--methods", *METHODS, *named),
-        *("--max_new_tokens", "8", "--k", "5", "--best_of", "3", "--cache_gb", "0.0005", "--trace"),
+        *("--max_new_tokens", "8", "--k", "5", "--best_of", "3", "--cache_gb", "0.0001", "--trace"),
     ]
 
 
@@ -84,7 +87,11 @@ def assert_refused(done: tuple[int, str], *said: str) -> None:
 
 def bytes_kept(directory: Path) -> int:
     """How much a run has put down; it grows until the run has ended."""
-    return sum(path.stat().st_size for path in directory.glob("generation_*"))
+    total = 0
+    for path in directory.glob("generation_*"):
+        with contextlib.suppress(FileNotFoundError):  # progress goes as results come
+            total += max(0, path.stat().st_size - 1)  # a progress file begins with an empty line
+    return total
 
 
 # Kills
@@ -121,7 +128,8 @@ def test_killed_runs_end_in_the_files_of_one_that_never_was(flags, tmp_path):
 
 
 def test_what_is_finished_is_not_decoded_again(flags, tmp_path):
-    """A record that was altered comes through: it was read, not decoded anew."""
+    """A record that was altered comes through: it was read, not decoded anew; a torn one is decoded again."""
+    assert run(SCRIPT, flags, make_directory(tmp_path / "whole"))[0] == 0
     directory = make_directory(tmp_path / "run")
     started = Run(SCRIPT, flags, directory)
     progress = directory / "generation_args.progress-0.jsonl"
@@ -129,16 +137,51 @@ def test_what_is_finished_is_not_decoded_again(flags, tmp_path):
         assert started.process.is_alive()
     started.kill_after(0)
 
-    first, *others = progress.read_text().lstrip().splitlines(keepends=True)
-    record = json.loads(first)
-    record["ids"] = record["ids"][:1]
-    torn = others[-1][:20]
-    progress.write_text(json.dumps(record) + "\n" + "not json\n" + "".join(others[:-1]) + torn)
+    records = [line for line in progress.read_text().splitlines() if '"ids"' in line]
+    altered, torn = json.loads(records[0]), records[1]
+    altered["ids"] = altered["ids"][:1]
+    progress.write_text(json.dumps(altered) + "\nnot json\n[]\n" + torn[: len(torn) // 2])
 
     assert run(SCRIPT, flags, directory)[0] == 0
-    results = json.loads((directory / "generation_args.json").read_text())
-    assert sorted(row["num_tokens"] for row in results)[0] == 1
+    ours, theirs = (
+        json.loads((tmp_path / name / "generation_args.json").read_text()) for name in ("run", "whole")
+    )
+    differing = [at for at in range(len(ours)) if ours[at] != theirs[at]]
+    assert len(differing) == 1 and ours[differing[0]]["num_tokens"] == 1
     assert not list(directory.glob("*.progress-*"))
+
+
+def test_a_trace_is_not_pieced_together_from_a_run_without(flags, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    started = Run(SCRIPT, [flag for flag in flags if flag != "--trace"], directory)
+    while not bytes_kept(directory):
+        assert started.process.is_alive()
+    started.kill_after(0)
+
+    assert run(SCRIPT, flags, directory)[0] == 0
+    traces = [json.loads(line) for line in (directory / "trace_args.jsonl").read_text().splitlines()]
+    assert len(traces) == 12 and all(trace["steps"] for trace in traces)
+
+
+def test_records_of_another_experiment_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PartialState(cpu=True)
+    Progress("generation_args", "one").add([{"prompt": "p", "reward": 1.0}])
+    assert Progress("generation_args", "other").found == []
+    again = Progress("generation_args", "one")
+    assert [record["reward"] for record in again.found] == [1.0]
+    again.drop()
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_of_a_finished_method_is_removed(flags, tmp_path):
+    """A kill between writing the results and dropping the progress."""
+    directory = make_directory(tmp_path / "run")
+    assert run(SCRIPT, flags, directory)[0] == 0
+    shutil.copytree(directory, tmp_path / "whole")
+    (directory / "generation_args.progress-2.jsonl").write_text("\n")
+    assert run(SCRIPT, flags, directory)[0] == 0
+    assert_same_files(directory, tmp_path / "whole")
 
 
 def test_a_finished_method_is_left_alone_until_overwrite(flags, tmp_path):
@@ -314,6 +357,16 @@ def test_a_bad_flag_is_one_line(flag, said, tmp_path):
     directory = make_directory(tmp_path / "run")
     assert_refused(run(SCRIPT, flag, directory), said)
     assert not list(directory.iterdir())
+
+
+def test_settings_that_cannot_go_together_are_refused(flags, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    spread = run(SCRIPT, [*flags, "--device_map", "auto"], directory, WORLD_SIZE="2")
+    assert_refused(spread, "--device_map", "one process")
+    assert not list(directory.iterdir())
+
+    long = replace_flag(flags, "--max_new_tokens", "300")  # the policies read 256
+    assert_refused(run(SCRIPT, long, directory), "no prompt fits beside --max_new_tokens")
 
 
 def test_more_candidates_than_tokens_are_refused(flags, tmp_path):

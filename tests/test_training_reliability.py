@@ -162,7 +162,10 @@ def test_a_checkpoint_of_the_same_step_is_not_mixed_with_an_earlier_one(here, sm
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: os._exit(9))
     killed = os.fork()
     if killed == 0:
-        trainer._save_checkpoint(trainer.model, None)
+        try:
+            trainer._save_checkpoint(trainer.model, None)
+        finally:
+            os._exit(1)  # never go on as a second pytest
     assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
     assert (folder / "model.safetensors").exists() and not training_setup.is_whole(folder)
 
