@@ -6,8 +6,8 @@ Writes  a table, to standard output; docs/benchmarks.md keeps those that were me
 
 Nothing ends a response early, so all have one length. The plain loop (tests/reference.py: one prompt, one
 candidate, no cache) runs on the first few prompts and is scaled. Scoring and writing the finished responses
-are left out of both. FLOP are 2 x weights x tokens, without attention, embeddings and padding, so the share of
-the matmul peak, measured in the same run, is a lower bound.
+are left out of both. FLOP are 2 x weights x tokens, without attention, embeddings and padding: the share of
+the matmul peak, which is measured in the same run, is a lower bound.
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --models paper --num_prompts 10 100
