@@ -94,7 +94,10 @@ class Settings:
     seed: int = field(default=42, metadata={"help": "Which test prompts, and all sampling."})
 
     overwrite: bool = field(
-        default=False, metadata={"help": "Decode anew, replacing the results in this directory."}
+        default=False,
+        metadata={
+            "help": "Decode these methods anew. Results of other settings here are deleted, of all methods."
+        },
     )
     trace: bool = field(default=False, metadata={"help": "Keep every step's candidates and rewards."})
     dtype: str = field(
@@ -109,7 +112,8 @@ class Settings:
         metadata={"help": "auto spreads a policy that is too large for one GPU over all of them."},
     )
     fast_attention: bool = field(
-        default=True, metadata={"help": "Use requirements-gpu.txt for DeBERTa, where it is installed."}
+        default=True,
+        metadata={"help": "The fused attention of requirements-gpu.txt, for DeBERTa, if installed."},
     )
     token_budget: int = field(
         default=0, metadata={"help": "Tokens that a reward model reads at once; 0 fits it to the device."}
@@ -142,8 +146,9 @@ METHODS = {
 }
 
 MADE_BY = {
-    "partial_reward_model": "make it with `python partial_reward_training/tldr_partial_reward_model.py`",
-    "dpo_policy": "make it with `python DPO_training/GPT2_large_DPO_tldr.py`",
+    "partial_reward_model": "make it with `python partial_reward_training/tldr_partial_reward_model.py`, "
+    "or name one with --partial_reward_model",
+    "dpo_policy": "make it with `python DPO_training/GPT2_large_DPO_tldr.py`, or name one with --dpo_policy",
 }
 
 
@@ -187,12 +192,16 @@ def check_models(settings: Settings) -> dict[str, str | None]:
     identities = {}
     for role in filter(None, roles):
         name = getattr(settings, role) or settings.full_reward_model
+        hint = MADE_BY.get(role, f"name another with --{role}")
+        is_output = role in MADE_BY and name == getattr(Settings, role)
+        if (is_output or name.startswith(("/", ".", "~"))) and not Path(name).is_dir():
+            fail(f"there is no folder {name!r}; {hint}")
         try:
             config = (
                 PeftConfig if Path(name, "adapter_config.json").exists() else AutoConfig
             ).from_pretrained(name)
         except Exception as error:
-            fail(f"cannot load {name!r}: {error}; {MADE_BY.get(role, f'name another with --{role}')}")
+            fail(f"cannot load {name!r}: {str(error).rstrip('. ')}; {hint}")
 
         vocabulary = getattr(config, "vocab_size", settings.k)
         if role.endswith("policy") and settings.k > vocabulary:
@@ -500,6 +509,9 @@ def decode_method(
     ]
 
     unwritten = take_over(rows, samples, progress) if progress else rows
+    kept, total = map(sum, zip(*gather_object([(len(rows) - len(unwritten), len(rows))]), strict=True))
+    if kept and is_main():
+        print(f"{method}: {kept} of {total} responses kept from an earlier run")
 
     guide = make_guide(how, policy, template, settings) if how.guide and unwritten else None
     most, ended = settings.max_new_tokens, len(rows) - len(unwritten)
@@ -811,14 +823,16 @@ def claim_directory(settings: Settings, prompts: list[str], models: dict[str, st
     ]
 
     if settings.overwrite:
-        for file in files:
-            if changes or file.name in result_files(settings):
-                file.unlink(missing_ok=True)
+        dropped = [file for file in files if changes or file.name in result_files(settings)]
+        for file in dropped:
+            file.unlink(missing_ok=True)
+        if changes and any(file.suffix == ".json" for file in dropped):
+            print(f"removed the results of other settings: {', '.join(changes)}")
         known = {} if changes else known
     elif changes and any(file.exists() for file in files):
         fail(
             f"this directory holds results of {'other' if theirs else 'unknown'} settings: "
-            f"{', '.join(changes)}; use another directory, or --overwrite"
+            f"{', '.join(changes)}; use another directory, or --overwrite, which deletes them all"
         )
     write_whole(str(path), json.dumps({**ours, "models": known | models}, indent=1, ensure_ascii=False))
 
@@ -883,7 +897,8 @@ def main() -> None:
         table = collect_rewards(prompts, rewards)
         write_whole("baseline_results.csv", table.to_csv(index=False))
 
-        print(f"\nwrote {', '.join(f'generation_{file_stem(m)}.json' for m in settings.methods)}")
+        if left:
+            print(f"\nwrote {', '.join(f'generation_{file_stem(method)}.json' for method in left)}")
         shares = f"{PartialState().num_processes} process" + "es" * (PartialState().num_processes > 1)
         print(f"wrote baseline_results.csv: {len(prompts)} prompts, {shares}; mean rewards:")
         print(table.drop(columns="prompt").mean().round(4).to_string())

@@ -69,7 +69,8 @@ def run_script(script: str, arguments: list[str], directory: Path, log: Path, en
 
     path = ROOT / script
     # A script finds the helpers beside it first, as it does when python starts it.
-    sys.path[:] = [str(path.parent)] + [entry for entry in sys.path if not entry.startswith(str(ROOT))]
+    others = [entry for entry in sys.path if ROOT not in (Path(entry), Path(entry).parent)]
+    sys.path[:] = [str(path.parent), *others]
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
