@@ -3,7 +3,8 @@
 #
 #   bash run.sh                      on a laptop: a small world, small models, a CPU; in runs/demo/
 #   bash run.sh paper                the paper's models and data; in runs/paper/
-#   bash run.sh demo decode report   only these steps, of: data reward dpo decode report
+#   bash run.sh demo decode report   only these steps, of: data reward dpo decode report; decoding goes on
+#                                    where it was stopped
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -58,7 +59,12 @@ stage() {
     "$@"
 }
 
+# Results of models that are trained anew here are old ones; `decode` alone goes on where it was stopped.
+overwrite=()
 for step in $steps; do
+    case $step in
+    data | reward | dpo) overwrite=(--overwrite) ;;
+    esac
     case $step in
     data)
         [ "$mode" != demo ] || stage python "$root/demo/make_posts.py" .
@@ -75,7 +81,7 @@ for step in $steps; do
         ;;
     decode)
         stage python "$root/PARGS_decode/PARGS_baselines.py" --policy "$policy" \
-            --full_reward_model "$full_reward_model" --ppo_policy "$ppo_policy" "${decode[@]}"
+            --full_reward_model "$full_reward_model" --ppo_policy "$ppo_policy" "${decode[@]}" "${overwrite[@]}"
         ;;
     report)
         stage python "$root/Evaluation/show_result.py" --policy "$policy" --ppo_policy "$ppo_policy" \
