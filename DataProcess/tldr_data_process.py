@@ -10,7 +10,6 @@ are asked with the same text.
     python DataProcess/tldr_data_process.py
 """
 
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import NoReturn
 
 from dataset_files import save_dataset, workspace
 from datasets import Dataset, DatasetDict, load_dataset
-from script_settings import fail, parse_settings
+from script_settings import fail, is_main, parse_settings
 
 
 @dataclass
@@ -200,7 +199,7 @@ def process_splits(
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main():
         return  # under a launcher one process is enough
 
     template = settings.template.replace("\\n", "\n")

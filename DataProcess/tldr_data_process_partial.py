@@ -11,7 +11,6 @@ makes an entry; past its own end a response stays whole. Entries over `max_lengt
     python DataProcess/tldr_data_process_partial.py
 """
 
-import os
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from dataset_files import read_dataset, save_dataset, workspace
 from datasets import Dataset, DatasetDict, Features, List, Value
 from pair_frame import PairFrame, causal_frame, pair_frame
-from script_settings import fail, parse_settings
+from script_settings import fail, is_main, parse_settings
 from text_encoding import encode_prompts, encode_responses, encode_texts
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
@@ -227,7 +226,7 @@ def summary_line(split: str, pairs: Dataset, entries: Dataset) -> str:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main():
         return  # under a launcher one process is enough
 
     if Path(settings.output).resolve() == Path(settings.dataset).resolve():

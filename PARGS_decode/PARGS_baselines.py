@@ -183,14 +183,8 @@ def check_models(settings: Settings) -> dict[str, str | None]:
 
     Returns for each role (a setting's name) what tells its model from a later one of the same name.
     """
-    roles = {"evaluation_reward_model": None}
-    for method in settings.methods:
-        roles |= dict.fromkeys((METHODS[method].policy, METHODS[method].guide))
-        if METHODS[method].best_of:
-            roles["full_reward_model"] = None
-
     identities = {}
-    for role in filter(None, roles):
+    for role in dict.fromkeys(role for method in settings.methods for role in roles_of(method)):
         name = getattr(settings, role) or settings.full_reward_model
         hint = MADE_BY.get(role, f"name another with --{role}")
         is_output = role in MADE_BY and name == getattr(Settings, role)
@@ -211,6 +205,13 @@ def check_models(settings: Settings) -> dict[str, str | None]:
         if base:  # of an adapter
             identities[role] += base
     return identities
+
+
+def roles_of(method: str) -> list[str]:
+    """The settings that name the models which a method needs."""
+    how = METHODS[method]
+    chooser = "full_reward_model" if how.best_of else None
+    return [role for role in (how.policy, how.guide, chooser, "evaluation_reward_model") if role]
 
 
 def folder_digest(name: str) -> str | None:
@@ -779,10 +780,10 @@ def is_done(method: str, prompts: list[str], settings: Settings) -> bool:
 def methods_left(prompts: list[str], settings: Settings) -> list[str]:
     """The methods that are not done, as the main process sees it: machines need not share a disk."""
     left = []
-    for method in settings.methods:
+    for method in settings.methods if is_main() else ():
         if not is_done(method, prompts, settings):
             left.append(method)
-        elif is_main():
+        else:
             print(f"{method}: done before, see generation_{file_stem(method)}.json")
     return broadcast_object_list([left])[0]
 
@@ -804,7 +805,7 @@ def claim_directory(settings: Settings, prompts: list[str], models: dict[str, st
     `models` are the identities of the models to be used; a model that was retrained is another setting.
     """
     ours = settings_that_matter(settings)
-    ours["prompts_digest"] = blake2b(json.dumps(prompts).encode(), digest_size=8).hexdigest()
+    ours["prompts_digest"] = digest(prompts)
     path = Path("decoding_settings.json")
     files = [*Path().glob("generation_*.json*"), *Path().glob("trace_*.jsonl"), Path("baseline_results.csv")]
 
@@ -850,7 +851,7 @@ def experiment_of(method: str, prompts: list[str], models: dict, settings: Setti
         settings_that_matter(settings) | {"dtype": str(choose_dtype(settings.dtype, device))},
         settings.trace and METHODS[method].guide,
         prompts,
-        models,
+        [models[role] for role in roles_of(method)],
     ]
     return broadcast_object_list([digest(what)])[0]
 

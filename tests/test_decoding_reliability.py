@@ -163,6 +163,18 @@ def test_a_trace_is_not_pieced_together_from_a_run_without(flags, tmp_path):
     assert len(traces) == 12 and all(trace["steps"] for trace in traces)
 
 
+def test_a_rerun_with_more_methods_keeps_what_was_finished(flags, tmp_path):
+    directory = make_directory(tmp_path / "run")
+    at = flags.index("--methods") + 1
+    started = Run(SCRIPT, [*flags[:at], "ARGS", *flags[at + len(METHODS) :]], directory)
+    while not bytes_kept(directory):
+        assert started.process.is_alive()
+    started.kill_after(0)
+
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 0 and "responses kept from an earlier run" in output
+
+
 def test_records_of_another_experiment_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PartialState(cpu=True)
