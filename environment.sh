@@ -5,7 +5,7 @@ prepare_environment() {
         { echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
 
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-    stamp=".venv/$(cat requirements.txt "$requirements" | cksum | tr ' ' -).installed"
+    stamp=".venv/$(cat pyproject.toml requirements.txt "$requirements" | cksum | tr ' ' -).installed"
     if [ ! -e "$stamp" ]; then
         echo "+ pip install -r $requirements (once; the first time a few minutes)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -1,0 +1,100 @@
+"""From text to ids, the same way in every stage.
+
+Characters of the data that spell a special token are encoded as text; only special tokens that stand in the
+prompt template itself are live.
+"""
+
+import re
+
+from transformers import PreTrainedTokenizerFast
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, nothing added."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        for at, ids in enumerate(encoded):
+            if not special_ids.isdisjoint(ids):
+                encoded[at] = encode_cut(tokenizer, texts[at], special_ids)
+        return encoded
+    finally:
+        backend.encode_special_tokens = False
+
+
+def encode_cut(tokenizer: PreTrainedTokenizerFast, text: str, special_ids: set[int]) -> list[int]:
+    """Ids of a text in which a unigram model found a special token among its pieces (DeBERTa: `[SEP]`).
+
+    Each such word is cut after its first character, and the parts are encoded apart.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)  # full-width characters may spell one, too
+    words = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    parts = re.split(f"(?=(?:{words}))(.)", text, flags=re.DOTALL)
+
+    # Each cut leaves the text before it, the character itself, and the rest.
+    glued = parts[:1]
+    for character, rest in zip(parts[1::2], parts[2::2], strict=True):
+        glued[-1] += character
+        glued.append(rest)
+    encodings = backend.encode_batch_fast([part for part in glued if part], add_special_tokens=False)
+    return [token for encoding in encodings for token in encoding.ids if token not in special_ids]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str], template: str) -> list[list[int]]:
+    """Ids of each prompt, nothing added around it; special tokens of `template` are live."""
+    pieces = [live_pieces(tokenizer, prompt, template) for prompt in prompts]
+    ids = iter(encode_texts(tokenizer, [text for parts in pieces for text in parts[::2]]))
+
+    encoded = []
+    for parts in pieces:
+        prompt_ids = next(ids)
+        for special in parts[1::2]:
+            prompt_ids = prompt_ids + [tokenizer.convert_tokens_to_ids(special)] + next(ids)
+        encoded.append(prompt_ids)
+    return encoded
+
+
+def live_pieces(tokenizer: PreTrainedTokenizerFast, prompt: str, template: str) -> list[str]:
+    """Split a prompt into text, live special token, text, ...: an odd number of pieces, most often one."""
+    head, _, tail = template.partition("{post}")
+    if not (tokenizer.all_special_tokens and prompt.startswith(head) and prompt.endswith(tail)):
+        return [prompt]
+
+    special = re.compile("(" + "|".join(map(re.escape, tokenizer.all_special_tokens)) + ")")
+    post = prompt[len(head) : len(prompt) - len(tail)]
+    *before, last = special.split(head)
+    first, *after = special.split(tail)
+    return [*before, last + post + first, *after]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: list[str]
+) -> list[list[int]]:
+    """Ids of each response as they follow its prompt's ids in a decoder-only model, nothing added."""
+    alone = encode_texts(tokenizer, prompts)
+    together = encode_texts(
+        tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    )
+    # Where tokens merge across the boundary, decoding could not have written them: encode what it can.
+    apart = encode_texts(tokenizer, responses)
+    return [
+        both[len(prompt) :] if both[: len(prompt)] == prompt else response
+        for prompt, both, response in zip(alone, together, apart, strict=True)
+    ]
+
+
+def start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The special ids that the tokenizer puts before a text (a BOS, or nothing)."""
+    encoded = tokenizer("a")
+    return encoded["input_ids"][: encoded.sequence_ids(0).index(0)]
+
+
+def decode_texts(tokenizer: PreTrainedTokenizerFast, sequences: list[list[int]]) -> list[str]:
+    """Text of each sequence of ids, special tokens left out, spaces as they are."""
+    return tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=True)

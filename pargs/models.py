@@ -1,0 +1,227 @@
+"""Load policies and reward models; what is missing, damaged or of the wrong kind ends in one line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from pargs.cli import fail, warn
+from pargs.prefixes import PairFrame, make_frame
+
+# What the files of a model raise where they are missing, cut short, foreign, or need a package.
+MODEL_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+
+
+@dataclass
+class Policy:
+    """A causal language model, and what it takes to decode with it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: set[int]
+    max_length: int  # tokens it can read
+
+
+@dataclass
+class RewardModel:
+    """A sequence classifier with one output, what it takes to ask it, and how much it was asked."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    frame: PairFrame
+    causal: bool  # decoder-only: one EOS ends a finished response, a prefix has none
+    max_length: int  # tokens it can read
+    token_budget: int  # tokens it reads at once; halved when memory runs out
+    calls: int = 0  # rewards it was asked for
+    tokens_read: int = 0  # without padding
+
+    @property
+    def has_segments(self) -> bool:
+        return not self.causal and "token_type_ids" in self.tokenizer.model_input_names
+
+    def shares_ids_with(self, policy_tokenizer: PreTrainedTokenizerFast) -> bool:
+        """Whether it reads the policy's ids as they are, never re-encoded text."""
+        return self.causal and self.tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+
+
+@contextmanager
+def loading(what: str, hint: str = "") -> Iterator[None]:
+    """Exit with one line where a library cannot load what is loaded inside."""
+    try:
+        yield
+    except MODEL_ERRORS as error:
+        fail(f"cannot load {what}: {why(error).rstrip('. ')}" + (f"; {hint}" if hint else ""))
+
+
+def why(error: BaseException) -> str:
+    """What is wrong with a model's files; torch's own words on a pickle say how to run it all the same."""
+    if isinstance(error, UnpicklingError):
+        return "its pickle is damaged or holds more than weights, that is, code"
+    return str(error) or type(error).__name__
+
+
+def load_config(name: str, hint: str, revision: str = "main") -> PreTrainedConfig:
+    with loading(repr(name), hint):
+        return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def load_tokenizer(name: str, hint: str = "", revision: str = "main") -> PreTrainedTokenizerFast:
+    """The tokenizer of a model; exits where it has no fast one, which knows each token's place in a text."""
+    with loading(f"the tokenizer of {name!r}", hint):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if not tokenizer.is_fast:
+        fail(f"{name!r} has no fast tokenizer, which is needed here")
+    return tokenizer
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a model is decoder-only, so that a token's output does not depend on what follows."""
+    return (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens that a model can read, from its positions and its tokenizer (which may not know: 1e30)."""
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return min(positions, int(min(tokenizer.model_max_length, sys.maxsize)))
+
+
+def check_one_label(name: str, config: PreTrainedConfig) -> None:
+    if config.num_labels != 1:
+        fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
+
+
+def check_causal_reward_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {name!r} has no EOS, which ends a response of a causal reward model")
+    if not hasattr(model, "score"):
+        fail(f"{name!r} ({type(model).__name__}) has no `score` head over all tokens")
+
+
+def load_reward_model(
+    name: str, dtype: torch.dtype, device: torch.device | str, token_budget: int, hint: str = ""
+) -> RewardModel:
+    """Load a trained reward model; exits where it is missing, has no trained head or not one output."""
+    config = load_config(name, hint)
+    tokenizer = load_tokenizer(name, hint)
+    if not any("SequenceClassification" in kind for kind in config.architectures or []):
+        fail(f"{name!r} is no trained reward model: it is a {(config.architectures or ['nameless'])[0]}")
+    check_one_label(name, config)
+
+    warn_of_pickle(name)
+    with loading(f"the weights of the reward model {name!r}", hint):
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+    if found["missing_keys"]:
+        fail(f"{name!r} is no trained reward model: it has no weights for {sorted(found['missing_keys'])}")
+    causal = is_causal(config)
+    if causal:
+        check_causal_reward_model(name, model, tokenizer)
+
+    return RewardModel(
+        name,
+        copy_weights(model).to(device).eval(),
+        tokenizer,
+        frame=make_frame(tokenizer, causal),
+        causal=causal,
+        max_length=longest_input(config, tokenizer),
+        token_budget=token_budget,
+    )
+
+
+@lru_cache(maxsize=1)
+def load_policy(
+    name: str, dtype: torch.dtype, device: torch.device | str, device_map: str | None = None
+) -> Policy:
+    """Load a language model, or an adapter merged into its base; exits where a file is not usable.
+
+    `device_map` spreads it over all devices instead of `device`. The last policy is kept.
+    """
+    tokenizer = load_tokenizer(name)
+    spread = {"device_map": device_map} if device_map else {}
+    with loading(f"the policy {name!r}"):
+        if Path(name, "adapter_config.json").exists():
+            # Merged in full precision, so that nothing of a small update is rounded away.
+            adapted = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **spread)
+            check_adapter(adapted, name)
+            model = adapted.merge_and_unload().to(dtype)
+        else:
+            warn_of_pickle(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
+
+    eos = model.generation_config.eos_token_id
+    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    if not device_map:
+        model = copy_weights(model).to(device)
+    return Policy(name, model.eval(), tokenizer, eos_ids - {None}, longest_input(model.config, tokenizer))
+
+
+def check_adapter(adapted: PeftModel, name: str) -> None:
+    """An adapter of another model leaves layers out, or has some too many; PEFT would only warn."""
+    saved, expected = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(adapted)
+    if saved.keys() != expected.keys():
+        base = adapted.peft_config["default"].base_model_name_or_path
+        fail(
+            f"cannot load the policy {name!r}: its adapter was not trained on {base!r}: "
+            f"{len(saved.keys() ^ expected.keys())} weights differ"
+        )
+
+
+def copy_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the weights from the file that they are mapped from into aligned memory, in place.
+
+    On a CPU, where the map happens to lie decides the last bits of every product; they differed by launch.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def warn_of_pickle(name: str, revision: str = "main") -> None:
+    """Say once that a checkpoint has no safetensors; torch then reads its pickle with `weights_only=True`."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a server to convert it
+    quiet = {
+        "revision": revision,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if not any(cached_file(name, file, **quiet) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        warn(f"{name!r} has no safetensors; of its pickle only weights are read")

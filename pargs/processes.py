@@ -1,0 +1,61 @@
+"""Work shared out over the processes that `accelerate launch` or torchrun started, if they did."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers.utils import logging
+
+from pargs.cli import PATIENCE, fail, is_main
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def join_processes() -> PartialState:
+    """The processes of this launch, which wait here for each other; one alone without a launcher."""
+    if not is_main():
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    # `cpu` is said outright, or processes without a GPU would not find each other.
+    # A process that has done its share waits for the others, however long.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+
+
+def count_processes() -> str:
+    """E.g. "2 processes", for a summary."""
+    number = join_processes().num_processes
+    return f"{number} process" + "es" * (number > 1)
+
+
+def split(items: list[Item]) -> list[Item]:
+    """This process's share of `items`; the shares follow each other in the order of the processes."""
+    with join_processes().split_between_processes(items) as mine:
+        return list(mine)
+
+
+def gather(results: list[Result]) -> list[Result]:
+    """What all processes made of their shares, in the order of the items."""
+    try:
+        return gather_object(results)
+    except RuntimeError as error:
+        time.sleep(PATIENCE)  # where another process failed, it says why, and the launcher ends this one
+        fail(f"the processes have lost each other: {error}")
+
+
+def map_shared(work: Callable[[Item], Result], items: list[Item], label: str, unit: str) -> list[Result]:
+    """`work` of each item, in order: every process does its share, and all get the whole.
+
+    The items are the same for any number of processes, so the results are too.
+    """
+    return gather([work(item) for item in progress_bar(split(items), label, unit)])
+
+
+def progress_bar(items: list[Item], label: str, unit: str) -> "tqdm[Item]":
+    """A bar on the first process's terminal; a log that is no terminal gets none."""
+    return tqdm(items, desc=label, unit=unit, disable=None if is_main() else True)
