@@ -84,8 +84,7 @@ for step in $steps; do
             --full_reward_model "$full_reward_model" --ppo_policy "$ppo_policy" "${decode[@]}" "${overwrite[@]}"
         ;;
     report)
-        stage python "$root/Evaluation/show_result.py" --policy "$policy" --ppo_policy "$ppo_policy" \
-            --dpo_policy GPT2_large_tldr_DPO
+        stage python "$root/Evaluation/show_result.py" --policy "$policy"
         [ "$mode" != demo ] || stage python "$root/demo/true_quality.py"
         stage python "$root/Evaluation/prefix_accuracy.py" --full_reward_model "$full_reward_model"
         stage python "$root/Evaluation/show_generations.py"

@@ -8,61 +8,58 @@ No response is cut and no pair is lost: a prompt that does not fit loses its beg
     python DPO_training/GPT2_large_DPO_tldr.py
 """
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
-from text_encoding import encode_prompts, encode_responses, start_ids
-from training_setup import (
-    WholeCheckpoints,
-    check_weights,
-    check_writable,
-    checkpoint_to_resume,
-    fail,
-    log_offline_without_login,
-    model_kwargs,
-    move_into_place,
-    one_message,
-    parse_settings,
-    read_dataset,
-    read_tokenizer,
-    save_beside,
-    settle_precision,
-)
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+from pargs.cli import fail, setting
+from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
+from pargs.files import MAKE_PAIRS, check_writable, read_dataset
+from pargs.models import check_eos, is_causal, load_config, load_tokenizer, warn_of_pickle
+from pargs.training import (
+    WholeCheckpoints,
+    checkpoint_to_resume,
+    model_kwargs,
+    parse_settings,
+    save_trained,
+    settle_logging,
+    settle_precision,
+    starting,
+)
 
 
 @dataclass
 class Settings(DPOConfig, ModelConfig):
     """The settings below, and every other flag of TRL's DPOConfig and ModelConfig."""
 
-    model_name_or_path: str = field(
-        default="vistagi/gpt2-large-tldr-sum", metadata={"help": "The SFT model: reference and start."}
-    )
-    dataset: str = field(default="summarize_from_feedback", metadata={"help": "Preference pairs to read."})
-    output_dir: str = field(default="GPT2_large_tldr_DPO", metadata={"help": "Folder to write."})
+    model_name_or_path: str = setting("vistagi/gpt2-large-tldr-sum", "The SFT model: reference and start.")
+    dataset: str = setting("summarize_from_feedback", "Preference pairs to read.")
+    output_dir: str = setting("GPT2_large_tldr_DPO", "Folder to write.")
 
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs a step and device."})
-    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Steps before an update."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    optim: str = field(default="rmsprop", metadata={"help": "Optimizer."})
-    beta: float = field(default=0.1, metadata={"help": "How near DPO stays to the reference policy."})
-    max_length: int | None = field(default=512, metadata={"help": "Prompt, response and EOS, in tokens."})
-    max_prompt_length: int = field(default=512, metadata={"help": "Longer prompts lose their beginning."})
+    per_device_train_batch_size: PositiveInt = setting(2, "Pairs a step and device.")
+    gradient_accumulation_steps: PositiveInt = setting(16, "Steps before an update.")
+    learning_rate: NonNegativeFloat = setting(5e-5, "Peak learning rate.")
+    optim: str = setting("rmsprop", "Optimizer.")
+    beta: NonNegativeFloat = setting(0.1, "How near DPO stays to the reference policy.")
+    max_length: PositiveInt | None = setting(512, "Prompt, response and EOS, in tokens.")
+    max_prompt_length: PositiveInt = setting(512, "Longer prompts lose their beginning.")
 
-    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter, not the whole model."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter."})
+    use_peft: bool = setting(True, "Train a LoRA adapter, not the whole model.")
+    lora_r: PositiveInt = setting(16, "Rank of the adapter.")
+    lora_alpha: PositiveInt = setting(16, "Scale of the adapter.")
 
-    logging_steps: float = field(default=10, metadata={"help": "Updates between log lines."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first update, too."})
-    report_to: str = field(default="wandb", metadata={"help": "Tracker, or none."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "As TRL has it."})
+    logging_steps: PositiveFloat = setting(10, "Updates between log lines.")
+    logging_first_step: bool = setting(True, "Log the first update, too.")
+    report_to: None | str | list[str] = setting("wandb", "Tracker, or none.")
+    save_total_limit: PositiveInt | None = setting(2, "Checkpoints to keep.")
+    remove_unused_columns: bool = setting(False, "As TRL has it.")
 
     def __post_init__(self):
         settle_precision(self)
@@ -77,29 +74,17 @@ class WholeResponseDPOTrainer(WholeCheckpoints, DPOTrainer):
         return dataset
 
 
-def check_settings(settings: Settings) -> None:
-    if not settings.use_peft:
-        fail("this stage saves a LoRA adapter: --use_peft must stay on")
-    if settings.max_length is None or settings.max_length < 2 or settings.max_prompt_length < 1:
-        fail("--max_length must be at least 2 and --max_prompt_length at least 1")
-    check_policy(settings.model_name_or_path, settings.model_revision)
-
-
 def check_policy(name: str, revision: str) -> None:
     """Exit where `name` is no decoder-only language model."""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except Exception as error:
-        fail(f"cannot load {name!r}: {error}; name a model with --model_name_or_path")
-
-    if not set(config.architectures or []) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        fail(f"{name!r} is a {' '.join(config.architectures or ['?'])}; a policy is a causal language model")
-    check_weights(name, revision)
+    config = load_config(name, "name a model with --model_name_or_path", revision)
+    kinds = config.architectures or []
+    if not is_causal(config) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] not in kinds:
+        fail(f"{name!r} is a {' '.join(kinds) or '?'}; a policy is a causal language model")
 
 
 def encode_preferences(
     batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     template: str,
     max_length: int,
     max_prompt_length: int,
@@ -112,7 +97,7 @@ def encode_preferences(
     encoded = {"prompt_ids": encode_prompts(tokenizer, batch["prompt"], template)}
     for side in ("chosen", "rejected"):
         responses = encode_responses(tokenizer, batch["prompt"], batch[side])
-        encoded[f"{side}_ids"] = [ids + [tokenizer.eos_token_id] for ids in responses]
+        encoded[f"{side}_ids"] = [[*ids, eos_id(tokenizer)] for ids in responses]
 
     for row, prompt_ids in enumerate(encoded["prompt_ids"]):
         longer = max(len(encoded["chosen_ids"][row]), len(encoded["rejected_ids"][row]))
@@ -123,74 +108,68 @@ def encode_preferences(
 
 
 def make_trainer(settings: Settings) -> DPOTrainer:
-    names = ["train"] + ["validation"] * (settings.eval_strategy != "no")
-    dataset, notes = read_dataset(
-        settings.dataset,
-        made_by="python DataProcess/tldr_data_process.py",
-        columns={"prompt", "chosen", "rejected"},
-        splits=names,
-    )
-    tokenizer = read_tokenizer(settings.model_name_or_path, settings.model_revision)
-    if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {settings.model_name_or_path!r} has no EOS, which ends a response")
+    name = settings.model_name_or_path
+    check_policy(name, settings.model_revision)
+    splits = ["train"] + ["validation"] * (settings.eval_strategy != "no")
+    columns = dict.fromkeys(splits, ["prompt", "chosen", "rejected"])
+    dataset, notes = read_dataset(settings.dataset, columns, MAKE_PAIRS)
+    tokenizer = load_tokenizer(name, revision=settings.model_revision)
+    check_eos(name, tokenizer)
 
-    splits = {
-        name: dataset[name].map(
+    encoded = {
+        split: dataset[split].map(
             encode_preferences,
             batched=True,
             fn_kwargs={
                 "tokenizer": tokenizer,
                 "template": notes.get("template", "{post}"),
-                "max_length": settings.max_length,
+                "max_length": settings.max_length or sys.maxsize,
                 "max_prompt_length": settings.max_prompt_length,
             },
-            remove_columns=dataset[name].column_names,
+            remove_columns=dataset[split].column_names,
             keep_in_memory=True,  # `datasets` would leave a cache file in the artifact it reads
-            desc=f"{name}: encoding",
+            desc=f"{split}: encoding",
         )
-        for name in names
+        for split in splits
     }
 
     settings.max_length = None  # the rows fit now, and TRL's collator would cut a response longer than this
     settings.model_init_kwargs = model_kwargs(settings)
-    with one_message(f"train {settings.model_name_or_path!r} with these settings"):
+    warn_of_pickle(name, settings.model_revision)
+    with starting(name):
         return WholeResponseDPOTrainer(
-            model=settings.model_name_or_path,
+            model=name,
             args=settings,
-            train_dataset=splits["train"],
-            eval_dataset=splits.get("validation"),
+            train_dataset=encoded["train"],
+            eval_dataset=encoded.get("validation"),
             processing_class=tokenizer,
             peft_config=get_peft_config(settings),
             quantization_config=get_quantization_config(settings),
         )
 
 
-def save_adapter(trainer: DPOTrainer, output_dir: Path) -> None:
-    written = save_beside(trainer)
-    if trainer.is_world_process_zero():
-        move_into_place(written, output_dir, marker="adapter_config.json")
+def report(trainer: DPOTrainer, settings: Settings) -> None:
+    print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
+    print(f"  an adapter of {settings.model_name_or_path}")
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for name, log in zip(("first", "last"), (*logs[:1], *logs[-1:]), strict=False):
+        print(f"  {name:<5} log: loss {log['loss']:.3f}, accuracy {log['rewards/accuracies']:.3f}")
+    print("next: python PARGS_decode/PARGS_baselines.py")
 
 
 def main() -> None:
-    settings = parse_settings(Settings, description=__doc__.splitlines()[0])
-    check_settings(settings)
+    settings = parse_settings(Settings, __doc__)
+    if not settings.use_peft:
+        fail("this stage saves a LoRA adapter: --use_peft must stay on")
+    check_writable(Path(settings.output_dir))
+    settle_logging(settings)
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
-    log_offline_without_login(settings.report_to)
 
     trainer = make_trainer(settings)
-    check_writable(settings.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-
-    with one_message(f"write {settings.output_dir!r}"):
-        save_adapter(trainer, Path(settings.output_dir))
-    PartialState().wait_for_everyone()
+    save_trained(trainer, marker="adapter_config.json")
     if trainer.is_world_process_zero():
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
-        print(f"  an adapter of {settings.model_name_or_path}")
-        for name, log in zip(("first", "last"), (*logs[:1], *logs[-1:]), strict=False):
-            print(f"  {name:<5} log: loss {log['loss']:.3f}, accuracy {log['rewards/accuracies']:.3f}")
-        print("next: python PARGS_decode/PARGS_baselines.py")
+        report(trainer, settings)
 
 
 if __name__ == "__main__":

@@ -12,32 +12,43 @@ are asked with the same text.
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from dataset_files import save_dataset, workspace
 from datasets import Dataset, DatasetDict, load_dataset
-from script_settings import fail, is_main, parse_settings
+from datasets.exceptions import DatasetsError
+from httpx import HTTPError
+from yaml import YAMLError
+
+from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.encoding import TEMPLATE_FIELDS, template_words
+from pargs.files import DATASET_ERRORS
+from pargs.processes import hide_bars_in_logs
+
+# What `load_dataset` raises: its own, the hub client's, and those of the files and the card that it reads.
+SOURCE_ERRORS = (*DATASET_ERRORS, DatasetsError, HTTPError, YAMLError, RuntimeError, ImportError)
 
 
 @dataclass
 class Settings:
-    comparisons: str = field(
-        default="openai/summarize_from_feedback",
-        metadata={"help": "Pairwise comparisons: hub name or folder."},
+    comparisons: str = setting("openai/summarize_from_feedback", "Pairwise comparisons: hub name or folder.")
+    comparisons_config: str = setting("comparisons", "Its configuration.")
+    test_posts: str = setting("CarperAI/openai_summarize_tldr", "Test posts: hub name or folder.")
+    # The SFT model's own prompt format is not documented beyond a `<sep>` in its tokenizer. Special tokens
+    # written here are live; spelt in a post or a title they are text.
+    template: str = setting(
+        "POST: {post}\\nTL;DR:",
+        "The prompt: {post}, and {subreddit} and {title} if wanted; \\n is a line break.",
     )
-    comparisons_config: str = field(default="comparisons", metadata={"help": "Its configuration."})
-    test_posts: str = field(
-        default="CarperAI/openai_summarize_tldr", metadata={"help": "Test posts: hub name or folder."}
-    )
-    # The SFT model's own prompt format is not documented beyond a `<sep>` in its tokenizer; this is the
-    # format of the paper's code. Special tokens written here are live; spelt in a post they are text.
-    template: str = field(
-        default="POST: {post}\\nTL;DR:",
-        metadata={"help": "The prompt, built around {post}; \\n is a line break."},
-    )
-    output: str = field(default="summarize_from_feedback", metadata={"help": "Folder to write."})
+    output: str = setting("summarize_from_feedback", "Folder to write.")
+
+
+class UnusableRow(ValueError):
+    """A row that has not the fields it should have; the message names it."""
 
 
 def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
@@ -49,7 +60,7 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
     where = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
     try:
         return load_dataset(name, config, **where)
-    except Exception as error:
+    except SOURCE_ERRORS as error:
         # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
         if config is None or not isinstance(error, RuntimeError | ValueError):
             fail_to_load(name, error)
@@ -57,7 +68,7 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
 
     try:
         return load_dataset(name, data_dir=config, revision="refs/convert/parquet", **where)
-    except Exception as error:
+    except SOURCE_ERRORS as error:
         fail_to_load(name, first_error, f"; and no parquet copy of configuration {config!r}: {reason(error)}")
 
 
@@ -75,66 +86,67 @@ def preference_from_comparison(row: dict, index: int, split: str, template: str)
     """One comparison as prompt, chosen and rejected; `dropped` says why a row is of no use, else "".
 
     Raises:
-        ValueError: a field is missing or `choice` is neither 0 nor 1; the message names the row.
+        UnusableRow: a field is missing or `choice` is neither 0 nor 1; the message names the row.
     """
     try:
-        post = row["info"]["post"]
+        values = {name: row["info"][name] for name in fields_of(template)}
         summaries = [summary["text"] for summary in row["summaries"]]
         choice = row["choice"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"row {index} of split {split!r} has no usable field {error}") from None
+        raise UnusableRow(f"row {index} of split {split!r} has no usable field {error}") from None
 
     if not isinstance(choice, int) or choice not in (0, 1):
-        raise ValueError(f"row {index} of split {split!r}: `choice` is {choice!r}, not 0 or 1")
+        raise UnusableRow(f"row {index} of split {split!r}: `choice` is {choice!r}, not 0 or 1")
     if len(summaries) != 2:
-        raise ValueError(f"row {index} of split {split!r}: {len(summaries)} summaries, not 2")
+        raise UnusableRow(f"row {index} of split {split!r}: {len(summaries)} summaries, not 2")
 
-    if not all(map(is_text_or_none, (post, *summaries))):
-        raise ValueError(f"row {index} of split {split!r}: the post or a summary is not text")
+    if not all(map(is_text_or_none, (*values.values(), *summaries))):
+        raise UnusableRow(f"row {index} of split {split!r}: the {', '.join(values)} or a summary is not text")
 
-    chosen, rejected = summaries[choice], summaries[1 - choice]
-    if not (post or "").strip():
-        dropped = "no post"
-    elif not (chosen or "").strip() or not (rejected or "").strip():
+    chosen, rejected = ((summaries[at] or "").strip() for at in (choice, 1 - choice))
+    prompt, dropped = format_prompt(values, template)
+    if not dropped and not (chosen and rejected):
         dropped = "empty summary"
-    elif chosen.strip() == rejected.strip():
+    if not dropped and chosen == rejected:
         dropped = "identical summaries"
-    else:
-        return {
-            "prompt": format_prompt(post, template),
-            "chosen": format_response(chosen, template),
-            "rejected": format_response(rejected, template),
-            "dropped": "",
-        }
-    return {"prompt": "", "chosen": "", "rejected": "", "dropped": dropped}
+    if dropped:
+        return {"prompt": "", "chosen": "", "rejected": "", "dropped": dropped}
+    return {
+        "prompt": prompt,
+        "chosen": format_response(chosen, template),
+        "rejected": format_response(rejected, template),
+        "dropped": "",
+    }
 
 
 def prompt_from_test_post(row: dict, index: int, template: str) -> dict[str, str]:
     """One test row (`prompt`: subreddit, title and post; `label`: the reference) as prompt and reference.
 
     Raises:
-        ValueError: the row has no post between `POST:` and `TL;DR:`, or a field is missing.
+        UnusableRow: the row has no post between `POST:` and `TL;DR:`, or a field is missing.
     """
     try:
         prompt, reference = row["prompt"], row["label"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"row {index} of the test posts has no usable field {error}") from None
+        raise UnusableRow(f"row {index} of the test posts has no usable field {error}") from None
 
     if not isinstance(prompt, str) or not is_text_or_none(prompt) or not is_text_or_none(reference):
-        raise ValueError(f"row {index} of the test posts: `prompt` or `label` is not text")
+        raise UnusableRow(f"row {index} of the test posts: `prompt` or `label` is not text")
 
     start, end = re.search(r"^POST:|\nPOST:", prompt), prompt.rstrip().removesuffix("\nTL;DR:")
     if start is None or start.end() > len(end) or end == prompt.rstrip():
-        raise ValueError(f"row {index} of the test posts holds no text between `POST:` and `TL;DR:`")
+        raise UnusableRow(f"row {index} of the test posts holds no text between `POST:` and `TL;DR:`")
 
-    post = end[start.end() :]
-    if not post.strip():
-        return {"prompt": "", "reference": "", "dropped": "no post"}
-    if not (reference or "").strip():
-        return {"prompt": "", "reference": "", "dropped": "empty summary"}
+    before, _, title = f"\n{prompt[: start.start()]}".partition("\nTITLE:")
+    subreddit = before.partition("\nSUBREDDIT:")[2].strip().removeprefix("r/")
+    found = {"subreddit": subreddit, "title": title, "post": end[start.end() :]}
 
-    reference = format_response(reference, template)
-    return {"prompt": format_prompt(post, template), "reference": reference, "dropped": ""}
+    formatted, dropped = format_prompt({name: found[name] for name in fields_of(template)}, template)
+    if not dropped and not (reference or "").strip():
+        dropped = "empty summary"
+    if dropped:
+        return {"prompt": "", "reference": "", "dropped": dropped}
+    return {"prompt": formatted, "reference": format_response(reference, template), "dropped": ""}
 
 
 def is_text_or_none(value: object) -> bool:
@@ -144,8 +156,25 @@ def is_text_or_none(value: object) -> bool:
     return value is None
 
 
-def format_prompt(post: str, template: str) -> str:
-    return template.replace("{post}", post.strip())
+def fields_of(template: str) -> list[str]:
+    """The names of a template's fields, in its order."""
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def format_prompt(values: dict[str, str | None], template: str) -> tuple[str, str]:
+    """The prompt of `values`, in the order of the template's fields; and why the row is of no use, or ""."""
+    texts = {name: (value or "").strip() for name, value in values.items()}
+    missing = [name for name, text in texts.items() if not text]
+    if missing:
+        return "", f"no {missing[0]}"
+
+    words = template_words(template)
+    prompt = words[0] + "".join(chain.from_iterable(zip(texts.values(), words[1:], strict=True)))
+    # A value that spells the words behind it: the template's special tokens would be looked for inside of it.
+    found = re.fullmatch("(.*?)".join(map(re.escape, words)), prompt, re.DOTALL)
+    if found is None or found.groups() != tuple(texts.values()):
+        return "", "ambiguous prompt"
+    return prompt, ""
 
 
 def format_response(summary: str, template: str) -> str:
@@ -170,26 +199,26 @@ def process_splits(
     comparisons = load_source(settings.comparisons, settings.comparisons_config, str(work))
     test_posts = load_source(settings.test_posts, None, str(work))
 
-    for source, name, splits in (
-        (comparisons, settings.comparisons, ("train", "validation")),
-        (test_posts, settings.test_posts, ("test",)),
-    ):
-        for split in splits:
-            if split not in source:
-                fail(f"{name!r} has no split {split!r}; it has {sorted(source)}")
+    sources = {
+        "train": (settings.comparisons, comparisons, partial(preference_from_comparison, split="train")),
+        "validation": (
+            settings.comparisons,
+            comparisons,
+            partial(preference_from_comparison, split="validation"),
+        ),
+        "test": (settings.test_posts, test_posts, prompt_from_test_post),
+    }
+    for split, (name, source, _) in sources.items():
+        if split not in source:
+            fail(f"{name!r} has no split {split!r}; it has {sorted(source)}")
 
     processed, dropped = DatasetDict(), {}
-    for split in ("train", "validation", "test"):
-        if split == "test":
-            source, convert, kwargs = test_posts[split], prompt_from_test_post, {}
-        else:
-            source, convert, kwargs = comparisons[split], preference_from_comparison, {"split": split}
-
-        rows = source.map(
+    for split, (_, source, convert) in sources.items():
+        rows = source[split].map(
             convert,
             with_indices=True,
-            fn_kwargs={"template": template, **kwargs},
-            remove_columns=source.column_names,
+            fn_kwargs={"template": template},
+            remove_columns=source[split].column_names,
             cache_file_name=str(work / f"{split}.arrow"),
             desc=f"{split}: formatting",
         )
@@ -197,19 +226,32 @@ def process_splits(
     return processed, dropped
 
 
+def check_template(template: str) -> None:
+    fields, known = fields_of(template), " ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
+    for name in fields:
+        if name not in TEMPLATE_FIELDS:
+            fail(f"--template holds the unknown field {{{name}}}; there are {known}")
+        if name != "post" and fields.count(name) > 1:
+            fail(f"--template must hold {{{name}}} at most once, not {template!r}")
+    if fields.count("post") != 1:
+        fail(f"--template must hold {{post}} exactly once, not {template!r}")
+    if not all(template_words(template)[1:-1]):
+        fail(f"--template must hold something between two fields, not {template!r}")
+
+
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
     if not is_main():
         return  # under a launcher one process is enough
+    hide_bars_in_logs()
 
     template = settings.template.replace("\\n", "\n")
-    if template.count("{post}") != 1:
-        fail(f"--template must hold {{post}} exactly once, not {settings.template!r}")
+    check_template(template)
 
     with workspace(settings.output) as work:
         try:
             processed, dropped = process_splits(settings, template, work)
-        except ValueError as error:
+        except UnusableRow as error:
             fail(str(error))
         save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)
 

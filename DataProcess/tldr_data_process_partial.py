@@ -11,40 +11,39 @@ makes an entry; past its own end a response stays whole. Entries over `max_lengt
     python DataProcess/tldr_data_process_partial.py
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset_files import read_dataset, save_dataset, workspace
+from dataset_files import recover, save_dataset, workspace
 from datasets import Dataset, DatasetDict, Features, List, Value
-from pair_frame import PairFrame, causal_frame, pair_frame
-from script_settings import fail, is_main, parse_settings
-from text_encoding import encode_prompts, encode_responses, encode_texts
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from pydantic import NonNegativeInt, PositiveInt
+from transformers import PreTrainedTokenizerFast
+
+from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.encoding import encode_prompts
+from pargs.files import MAKE_PAIRS, read_dataset
+from pargs.models import check_eos, is_causal, load_config, load_tokenizer, longest_input
+from pargs.prefixes import PairFrame, encode_with_prefixes, make_frame
+from pargs.processes import hide_bars_in_logs
+
+SIDES = ("chosen", "rejected")
 
 
 @dataclass
 class Settings:
-    dataset: str = field(default="summarize_from_feedback", metadata={"help": "Preference pairs to read."})
-    reward_model: str = field(
-        default="OpenAssistant/reward-model-deberta-v3-large",
-        metadata={"help": "The reward model to be trained: its tokenizer makes the entries."},
+    dataset: str = setting("summarize_from_feedback", "Preference pairs to read.")
+    reward_model: str = setting(
+        "OpenAssistant/reward-model-deberta-v3-large",
+        "The reward model to be trained: its tokenizer makes the entries.",
     )
-    num_comparisons: int = field(
-        default=8192, metadata={"help": "Training comparisons to use, chosen at random; 0 for all."}
+    num_comparisons: NonNegativeInt = setting(
+        8192, "Training comparisons to use, chosen at random; 0 for all."
     )
-    num_validation_comparisons: int = field(
-        default=1024, metadata={"help": "Validation comparisons to use; 0 for all."}
-    )
-    max_length: int = field(
-        default=512, metadata={"help": "Longest input in tokens; longer entries are dropped."}
-    )
-    seed: int = field(default=42, metadata={"help": "Which comparisons are chosen."})
-    output: str = field(default="summarize_from_feedback_partial", metadata={"help": "Folder to write."})
+    num_validation_comparisons: NonNegativeInt = setting(1024, "Validation comparisons to use; 0 for all.")
+    max_length: PositiveInt = setting(512, "Longest input in tokens; longer entries are dropped.")
+    seed: NonNegativeInt = setting(42, "Which comparisons are chosen.")
+    output: str = setting("summarize_from_feedback_partial", "Folder to write.")
 
 
 Ids = List(Value("int32"))
@@ -64,41 +63,27 @@ PAIR_FEATURES = Features(
 ENTRY_FEATURES = Features({"pair": Value("int32"), "length": Value("int32")})
 
 
-def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool, int]:
+def load_reward_tokenizer(name: str) -> tuple[PreTrainedTokenizerFast, bool, int]:
     """The reward model's tokenizer, whether the model is causal (decoder-only), and how much it reads."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        fail(f"cannot load the tokenizer of {name!r}: {error}; name another with --reward_model")
-
-    if not tokenizer.is_fast:
-        fail(f"{name!r} has no fast tokenizer, which the prefix dataset needs")
-    causal = (
-        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-    if causal and tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {name!r} has no EOS, which ends a response of a causal reward model")
-    # A tokenizer that does not know says 1e30; some configurations say nothing.
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return tokenizer, causal, min(positions, tokenizer.model_max_length)
+    hint = "name another with --reward_model"
+    tokenizer, config = load_tokenizer(name, hint), load_config(name, hint)
+    causal = is_causal(config)
+    if causal:
+        check_eos(name, tokenizer)
+    return tokenizer, causal, longest_input(config, tokenizer)
 
 
 def choose_comparisons(rows: Dataset, count: int, seed: int) -> Dataset:
-    if count < 0:
-        fail(f"the number of comparisons must be 0 (all) or more, not {count}")
     if not count:
         return rows
     # In memory: `datasets` would leave cache files in the artifact it reads.
-    return rows.shuffle(seed=seed, keep_in_memory=True).select(
-        range(min(count, len(rows))), keep_in_memory=True
-    )
+    shuffled = rows.shuffle(seed=seed, keep_in_memory=True)
+    return shuffled.select(range(min(count, len(rows))), keep_in_memory=True)
 
 
 def encode_pairs(
     batch: dict[str, list[str]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     frame: PairFrame,
     causal: bool,
     template: str,
@@ -106,78 +91,27 @@ def encode_pairs(
 ) -> dict[str, list]:
     """Encode a batch of comparisons and all their prefixes."""
     prompts = encode_prompts(tokenizer, batch["prompt"], template)
-    sides = {
-        side: encode_side(batch["prompt"], batch[side], tokenizer, causal) for side in ("chosen", "rejected")
-    }
+    sides = [encode_with_prefixes(tokenizer, batch["prompt"], batch[side], causal) for side in SIDES]
 
     encoded = {"prompt_ids": prompts, "lengths": [], "num_dropped": []}
-    for side, (ids, reencoded) in sides.items():
-        encoded[f"{side}_ids"], encoded[f"{side}_reencoded"] = ids, reencoded
+    for side, responses in zip(SIDES, sides, strict=True):
+        encoded[f"{side}_ids"] = [response.ids for response in responses]
+        encoded[f"{side}_reencoded"] = [
+            [{"length": length, "ids": ids} for length, ids in response.reencoded.items()]
+            for response in responses
+        ]
 
-    for row, prompt_ids in enumerate(prompts):
+    for prompt_ids, *pair in zip(prompts, *sides, strict=True):
         room = max_length - frame.num_special - len(prompt_ids)
-        longest = max(len(ids[row]) for ids, _ in sides.values())
+        longest = max(len(response.ids) for response in pair)
         fits = [
             length
             for length in range(1, longest + 1)
-            if all(prefix_size(ids[row], extra[row], length) <= room for ids, extra in sides.values())
+            if all(len(response.prefix(length)) <= room for response in pair)
         ]
         encoded["lengths"].append(fits)
         encoded["num_dropped"].append(longest - len(fits))
     return encoded
-
-
-def encode_side(
-    prompts: list[str], responses: list[str], tokenizer: PreTrainedTokenizerBase, causal: bool
-) -> tuple[list[list[int]], list[list[dict]]]:
-    """Ids of each response, and for each the prefixes that re-encode differently from a slice."""
-    if causal:
-        # A causal reward model reads the policy's ids, never re-encoded text; EOS is the last token of a
-        # finished response, so only the longest prefix carries it.
-        ids = encode_responses(tokenizer, prompts, responses)
-        return [response_ids + [tokenizer.eos_token_id] for response_ids in ids], [[] for _ in ids]
-
-    ids = encode_texts(tokenizer, responses)
-    texts = [prefix_texts(tokenizer, response, own) for response, own in zip(responses, ids, strict=True)]
-    again = iter(encode_texts(tokenizer, list(chain.from_iterable(texts))))
-    reencoded = []
-    for own, prefixes in zip(ids, texts, strict=True):
-        fresh = [next(again) for _ in prefixes]
-        reencoded.append(
-            [
-                {"length": length, "ids": prefix_ids}
-                for length, prefix_ids in enumerate(fresh, start=1)
-                if prefix_ids != own[:length]
-            ]
-        )
-    return ids, reencoded
-
-
-def prefix_texts(tokenizer: PreTrainedTokenizerBase, response: str, ids: list[int]) -> list[str]:
-    """The text of every proper prefix of `ids`, the ids of `response`, as a policy would have written it."""
-    prefixes = tokenizer.backend_tokenizer.decode_batch(
-        [ids[:length] for length in range(1, len(ids))], skip_special_tokens=False
-    )
-
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        # A decoded unknown token would be spelt "[UNK]"; the policy writes the character itself.
-        known = ids.index(tokenizer.unk_token_id)
-        encoded = tokenizer(response, add_special_tokens=False, split_special_tokens=True)
-        if encoded["input_ids"] == ids:
-            ends = [end for _, end in encoded.encodings[0].offsets]
-            prefixes[known:] = [response[: ends[at]] for at in range(known, len(ids) - 1)]
-
-    # Some decoders strip the space that the response begins with.
-    space = " " if response.startswith(" ") else ""
-    return [prefix if prefix.startswith(space) else space + prefix for prefix in prefixes]
-
-
-def prefix_size(ids: list[int], reencoded: list[dict], length: int) -> int:
-    """Tokens in the prefix of `length` tokens of a response."""
-    for prefix in reencoded:
-        if prefix["length"] == length:
-            return len(prefix["ids"])
-    return min(length, len(ids))
 
 
 def list_entries(batch: dict[str, list], indices: list[int]) -> dict[str, list[int]]:
@@ -228,23 +162,23 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     if not is_main():
         return  # under a launcher one process is enough
+    hide_bars_in_logs()
 
     if Path(settings.output).resolve() == Path(settings.dataset).resolve():
         fail("--output would replace --dataset; name another folder")
 
-    columns = dict.fromkeys(("train", "validation"), ["prompt", "chosen", "rejected"])
-    dataset, notes = read_dataset(
-        settings.dataset, columns, made_by="python DataProcess/tldr_data_process.py"
-    )
-    tokenizer, causal, longest_input = load_reward_tokenizer(settings.reward_model)
-    if longest_input < settings.max_length:
-        print(f"{settings.reward_model} reads {longest_input} tokens: longer entries are dropped")
+    recover(settings.dataset)
+    columns = ["prompt", *SIDES]
+    dataset, notes = read_dataset(settings.dataset, {"train": columns, "validation": columns}, MAKE_PAIRS)
+    tokenizer, causal, longest = load_reward_tokenizer(settings.reward_model)
+    if longest < settings.max_length:
+        print(f"{settings.reward_model} reads {longest} tokens: longer entries are dropped")
     encoding = {
         "tokenizer": tokenizer,
-        "frame": causal_frame(tokenizer) if causal else pair_frame(tokenizer),
+        "frame": make_frame(tokenizer, causal),
         "causal": causal,
         "template": notes.get("template", "{post}"),
-        "max_length": min(settings.max_length, longest_input),
+        "max_length": min(settings.max_length, longest),
     }
 
     counts = {"train": settings.num_comparisons, "validation": settings.num_validation_comparisons}
@@ -254,7 +188,7 @@ def main() -> None:
             rows = choose_comparisons(dataset[split], count, settings.seed)
             pairs[split], entries[split] = build_split(rows, split, encoding, work)
 
-        how = {
+        notes = {
             "reward_model": settings.reward_model,
             "causal": causal,
             "template": encoding["template"],
@@ -263,7 +197,7 @@ def main() -> None:
             "segment_ids": "token_type_ids" in tokenizer.model_input_names and not causal,
             "frame": encoding["frame"].to_json(),
         }
-        save_dataset({".": entries, "pairs": pairs}, how, settings.output)
+        save_dataset({".": entries, "pairs": pairs}, notes, settings.output)
 
         print(f"\nwrote {settings.output}/ for {settings.reward_model}")
         for split in counts:

@@ -17,88 +17,80 @@ import json
 import os
 import random
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
-from command_line import CommandLine, fail
-from judge import RESPONSE_FORMAT, TEMPLATE, BadReply, Question, ask, messages_of
-from run_files import Key, prompt_keys, read_generations, write_whole
+from judge import RESPONSE_FORMAT, TEMPLATE, BadReply, Question, Verdict, ask, messages_of
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from tqdm import tqdm
 from verdict_summary import print_summary, summarise
+
+from pargs.cli import SettingsParser, fail, setting
+from pargs.files import write_text
+from pargs.runs import read_generations
 
 OPENAI_URL = "https://api.openai.com/v1"
 OUTPUT_DIR = Path("gpt-4-evaluations")
 REPLY_TOKENS = 80  # of a sentence and two numbers; only the estimate uses it
 
 Pair = tuple[str, str, str]  # prompt, summary of A, summary of B
+Verdicts = dict[Question, Verdict]
 
 
 @dataclass
 class Settings:
-    model: str = field(
-        default="gpt-4o",
-        metadata={"help": "The judge. OpenAI has announced the end of gpt-4o for 2027-01-14."},
+    model: str = setting("gpt-4o", "The judge. OpenAI has announced the end of gpt-4o for 2027-01-14.")
+    base_url: str = setting(OPENAI_URL, "Where the judge is served, e.g. http://localhost:8000/v1.")
+    num_prompts: NonNegativeInt = setting(100, "Prompts to judge, drawn with the seed; 0 means all.")
+    seed: int = setting(42, "Of the draw; a larger draw contains the smaller one.")
+    temperature: NonNegativeFloat = setting(0.0, "Of the judge; models that reason accept only 1.")
+    max_tokens: PositiveInt = setting(1024, "Longest reply in tokens; a model that reasons needs more.")
+    concurrency: PositiveInt = setting(8, "Requests under way at the same time.")
+    max_retries: NonNegativeInt = setting(
+        8, "How often a request that failed, or got no verdict, is repeated."
     )
-    base_url: str = field(
-        default=OPENAI_URL, metadata={"help": "Where the judge is served, e.g. http://localhost:8000/v1."}
+    timeout: PositiveFloat = setting(60.0, "Seconds to wait for a judge that is silent.")
+    allow_unjudged: bool = setting(
+        False, "Report without the pairs for which no usable verdict could be had."
     )
-    num_prompts: int = field(
-        default=100, metadata={"help": "Prompts to judge, drawn with the seed; 0 means all."}
+    usd_per_million_input: float = setting(
+        2.5, "Price of a million tokens read: assumed, check your judge's."
     )
-    seed: int = field(default=42, metadata={"help": "Of the draw; a larger draw contains the smaller one."})
-    temperature: float = field(
-        default=0.0, metadata={"help": "Of the judge; models that reason accept only their default, 1."}
-    )
-    max_tokens: int = field(
-        default=1024, metadata={"help": "Longest reply in tokens; a model that reasons needs more."}
-    )
-    concurrency: int = field(default=8, metadata={"help": "Requests under way at the same time."})
-    max_retries: int = field(
-        default=8,
-        metadata={"help": "How often a failed request, or a reply that is no verdict, is repeated."},
-    )
-    timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for a judge that is silent."})
-    allow_unjudged: bool = field(
-        default=False, metadata={"help": "Report without the pairs for which no usable verdict could be had."}
-    )
-    usd_per_million_input: float = field(
-        default=2.50, metadata={"help": "Price of a million tokens read: an assumption, check your judge's."}
-    )
-    usd_per_million_output: float = field(
-        default=10.00, metadata={"help": "Price of a million tokens written: an assumption too."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print one request and the estimated cost; send nothing."}
-    )
+    usd_per_million_output: float = setting(10.0, "Price of a million tokens written: assumed too.")
+    dry_run: bool = setting(False, "Print one request and the estimated cost; send nothing.")
 
 
 def parse_command_line() -> tuple[Path, Path, Settings]:
-    parser = CommandLine(Settings, __doc__)
+    parser = SettingsParser(Settings, __doc__)
     parser.add_argument("file_a", type=Path, metavar="A.json", help="generations of method A")
     parser.add_argument("file_b", type=Path, metavar="B.json", help="generations of method B")
-    settings, files, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-
-    smallest = {"num_prompts": 0, "max_retries": 0, "temperature": 0, "concurrency": 1, "max_tokens": 1}
-    for name, value in smallest.items():
-        if getattr(settings, name) < value:
-            fail(f"--{name} must be at least {value}")
-    if settings.timeout <= 0:
-        fail("--timeout must be more than 0")
+    settings, files = parser.parse()
     if not settings.base_url.startswith(("http://", "https://")):
         fail(f"--base_url must begin with http:// or https://, not {settings.base_url!r}")
     settings.base_url = settings.base_url.rstrip("/")
     return files.file_a, files.file_b, settings
 
 
-def read_summaries(path: Path) -> dict[Key, str]:
-    """Map each prompt, and which of its occurrences in the file it is, to its summary."""
-    rows = read_generations(path)
-    return dict(
-        zip(prompt_keys([row["prompt"] for row in rows]), [row["result"] for row in rows], strict=True)
-    )
+def read_summaries(path: Path) -> dict[str, str]:
+    """Map each prompt to its summary, the first of several: prompts are the sample, none counts twice."""
+    generations = read_generations(path)
+    if not generations:
+        fail(f"{path} holds no responses")
+    summaries: dict[str, str] = {}
+    for generation in generations:
+        summaries.setdefault(generation.prompt, generation.result)
+    if further := len(generations) - len(summaries):
+        print(f"{path}: {further} further summaries of a prompt are left out")
+    return summaries
 
 
 def match(file_a: Path, file_b: Path) -> list[Pair]:
@@ -108,10 +100,10 @@ def match(file_a: Path, file_b: Path) -> list[Pair]:
     if only_a or only_b:
         fail(
             f"{file_a} and {file_b} are not about the same prompts: {len(only_a)} are only in the first, "
-            f"{len(only_b)} only in the second, e.g. {min(only_a | only_b)[0][:80]!r}; "
+            f"{len(only_b)} only in the second, e.g. {min(only_a | only_b)[:80]!r}; "
             f"generate both with the same --seed and --num_prompts"
         )
-    return [(prompt, result, results_b[prompt, copy]) for (prompt, copy), result in results_a.items()]
+    return [(prompt, result, results_b[prompt]) for prompt, result in results_a.items()]
 
 
 def draw(pairs: list[Pair], settings: Settings) -> list[Pair]:
@@ -124,32 +116,21 @@ def questions_about(pair: Pair, settings: Settings) -> list[Question]:
     return [Question(*pair, order, settings.model, settings.temperature) for order in ("AB", "BA")]
 
 
-def read_verdicts(log: Path) -> dict[Question, dict]:
+def read_verdicts(log: Path) -> Verdicts:
     """All verdicts recorded so far, whatever they are about. What follows the last newline is unfinished."""
     try:
         lines = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
     except OSError as error:
         fail(f"cannot read {log}: {error}")
-    names = [f.name for f in fields(Question)]
 
-    verdicts = {}
+    verdicts: Verdicts = {}
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            check_verdict(record)
-            verdicts.setdefault(Question(**{name: record[name] for name in names}), record)
-        except (ValueError, KeyError, TypeError, RecursionError):
+            question = TypeAdapter(Question).validate_json(line)
+            verdicts.setdefault(question, Verdict.model_validate_json(line))
+        except ValidationError:
             fail(f"{log}, line {number} is no verdict; delete the line, and its question is asked again")
     return verdicts
-
-
-def check_verdict(record: dict) -> None:
-    """Raises ValueError, KeyError or TypeError unless the summary can count this record."""
-    numbers = [record[name] for name in ("score_a", "score_b", "input_tokens", "output_tokens")]
-    if any(type(number) is not int for number in numbers) or type(record["served_model"]) is not str:
-        raise TypeError
-    if not all(1 <= score <= 10 for score in numbers[:2]):
-        raise ValueError
 
 
 def drop_unfinished_line(log: Path) -> None:
@@ -231,19 +212,15 @@ async def judge_all(
                 said = without_key(str(error), key)
                 unjudged.append(f"{question.prompt[:60]!r} in the order {question.order}: the reply {said}")
             else:
-                for name in ("reason", "served_model"):  # the server's own words
-                    verdict[name] = without_key(verdict[name], key)
-                file.write(json.dumps(asdict(question) | verdict) + "\n")
+                verdict.reason = without_key(verdict.reason, key)  # the server's own words, both
+                verdict.served_model = without_key(verdict.served_model, key)
+                file.write(json.dumps(asdict(question) | verdict.model_dump()) + "\n")
                 file.flush()
                 progress.update()
 
-    client = openai.AsyncOpenAI(
-        api_key=key or "none",
-        base_url=settings.base_url,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
-    )
-    progress = tqdm(total=total, initial=total - len(missing), desc="judging", unit="verdict")
+    limits = {"timeout": settings.timeout, "max_retries": settings.max_retries}
+    client = openai.AsyncOpenAI(api_key=key or "none", base_url=settings.base_url, **limits)
+    progress = tqdm(total=total, initial=total - len(missing), desc="judging", unit="verdict", disable=None)
     with progress, log.open("a", encoding="utf-8") as file:
         async with client:
             await asyncio.gather(*(worker() for _ in range(settings.concurrency)))
@@ -293,7 +270,7 @@ def get_verdicts(missing: list[Question], total: int, log: Path, settings: Setti
     return f"{problem} (--allow_unjudged reports without them)"
 
 
-def report(pairs: list[Pair], verdicts: dict[Question, dict], about: dict, settings: Settings) -> dict:
+def report(pairs: list[Pair], verdicts: Verdicts, about: dict[str, Any], settings: Settings) -> dict:
     """Print and return the summary of the pairs that have both verdicts; it names the others."""
     judged, unjudged = [], []
     for pair in pairs:
@@ -305,10 +282,10 @@ def report(pairs: list[Pair], verdicts: dict[Question, dict], about: dict, setti
     if not judged:
         fail("no pair has both verdicts: there is nothing to report")
 
-    summary = about | summarise(judged) | {"unjudged": unjudged}
+    summary: dict[str, Any] = {**about, **summarise(judged), "unjudged": unjudged}
     print_summary(summary)
-    tokens = summary["input_tokens"], summary["output_tokens"]
-    print(f"These verdicts took {tokens[0]:,} tokens in and {tokens[1]:,} out, {dollars(*tokens, settings)}")
+    read, written = summary["input_tokens"], summary["output_tokens"]
+    print(f"These verdicts took {read:,} tokens in and {written:,} out, {dollars(read, written, settings)}")
     return summary
 
 
@@ -340,7 +317,7 @@ def main() -> None:
     summary = report(pairs, verdicts, about, settings)
 
     result = log.with_suffix(".json")
-    write_whole(result, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
+    write_text(result, json.dumps(summary, indent=2) + "\n")
     print(f"Wrote {result}; every verdict, with its reason, is in {log}")
 
 

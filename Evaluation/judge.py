@@ -4,8 +4,13 @@ import asyncio
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import openai
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, ValidationError
+
+Score = Annotated[int, Field(ge=1, le=10)]
+Reason = Annotated[str, AfterValidator(str.strip), Field(min_length=1)]
 
 INSTRUCTIONS = """\
 You compare two summaries of the same forum post. The user's message is one JSON object with the fields
@@ -39,11 +44,7 @@ EXAMPLES = [
         "POST: My sister took my car without asking and dented it. Should she pay?\nTL;DR:",
         "Sister took my car unasked and dented it; should she pay?",
         "I have a car.",
-        {
-            "reason": "The first keeps event and question, the second neither.",
-            "score_1": 9,
-            "score_2": 2,
-        },
+        {"reason": "The first keeps event and question, the second neither.", "score_1": 9, "score_2": 2},
     ),
     (
         "POST: I was offered a job in another city and my partner does not want to move.\nTL;DR:",
@@ -67,10 +68,30 @@ class Question:
     prompt: str
     summary_a: str
     summary_b: str
-    order: str  # "AB": A is shown first; "BA": B is
+    order: Literal["AB", "BA"]  # which is shown first
     model: str
     temperature: float
     template: str = TEMPLATE
+
+
+class Reply(BaseModel, strict=True):
+    """What the judge says, of the summaries in the order shown."""
+
+    reason: Reason
+    score_1: Score
+    score_2: Score
+
+
+class Verdict(BaseModel, strict=True):
+    """The answer to a question, of A and B."""
+
+    score_a: Score
+    score_b: Score
+    reason: str
+    served_model: str
+    attempts: int = 1
+    input_tokens: NonNegativeInt
+    output_tokens: NonNegativeInt
 
 
 def messages_of(question: Question, with_examples: bool = False) -> list[dict]:
@@ -81,21 +102,20 @@ def messages_of(question: Question, with_examples: bool = False) -> list[dict]:
 
     messages = [{"role": "system", "content": INSTRUCTIONS}]
     for post, one, two, verdict in EXAMPLES if with_examples else []:
-        messages.append({"role": "user", "content": encode_texts(post, one, two)})
+        messages.append({"role": "user", "content": texts_as_json(post, one, two)})
         messages.append({"role": "assistant", "content": json.dumps(verdict)})
-    messages.append({"role": "user", "content": encode_texts(question.prompt, first, second)})
+    messages.append({"role": "user", "content": texts_as_json(question.prompt, first, second)})
     return messages
 
 
-def encode_texts(post: str, first: str, second: str) -> str:
+def texts_as_json(post: str, first: str, second: str) -> str:
     """The texts as one JSON object: whatever they contain, none of them can end its own field."""
     texts = {"post": post, "summary_1": first.strip(), "summary_2": second.strip()}
-    # A lone surrogate is legal in a JSON file but has no UTF-8 form, and HTTP sends UTF-8.
-    return json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return json.dumps(texts, ensure_ascii=False)
 
 
-def parse_reply(text: str, question: Question) -> dict:
-    """Read reason, score_1 and score_2 from a reply, even with words or a code fence around its JSON.
+def parse_reply(text: str, question: Question) -> Reply:
+    """Read a reply, even with words or a code fence around its JSON.
 
     From its first `{` to its last `}` the reply must be one JSON object, so that a reply with two of them
     (the judge's own and one it quotes) is never settled by a guess. A mere quotation of a judged text is
@@ -105,23 +125,17 @@ def parse_reply(text: str, question: Question) -> dict:
         BadReply: there is no such object, or its scores are not whole numbers from 1 to 10.
     """
     body = text[text.find("{") : text.rfind("}") + 1]
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadReply("is not one JSON object") from None
-    if any(body in judged for judged in (question.prompt, question.summary_a, question.summary_b)):
+    if body and any(body in judged for judged in (question.prompt, question.summary_a, question.summary_b)):
         raise BadReply("is only a quotation of a text to be judged")
-
-    for name in ("score_1", "score_2"):
-        score = fields.get(name)
-        if type(score) is not int or not 1 <= score <= 10:
-            raise BadReply(f"has a {name} that is not a whole number from 1 to 10")
-    if not isinstance(fields.get("reason"), str) or not fields["reason"].strip():
-        raise BadReply("gives no reason")
-    return {name: fields[name] for name in ("reason", "score_1", "score_2")}
+    try:
+        return Reply.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = "".join(f"{name}: " for name in first["loc"])
+        raise BadReply(f"is no verdict ({at}{first['msg']})") from None
 
 
-def text_of(reply: object) -> str:
+def text_of(reply: Any) -> str:
     """The text of a chat completion. The client does not validate what servers send, so this does."""
     try:
         choice = reply.choices[0]
@@ -135,7 +149,16 @@ def text_of(reply: object) -> str:
     return text
 
 
-async def ask(client: openai.AsyncOpenAI, request: dict, question: Question, max_retries: int) -> dict:
+def used_tokens(reply: Any) -> tuple[int, int]:
+    """Tokens read and written, as far as the server says."""
+    counts = (
+        getattr(getattr(reply, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens")
+    )
+    read, written = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
+    return read, written
+
+
+async def ask(client: openai.AsyncOpenAI, request: dict, question: Question, max_retries: int) -> Verdict:
     """Ask one question until there is a verdict, at most 1 + `max_retries` times.
 
     The client itself repeats a request after 408, 409, 429, 5xx, a time-out or a broken connection, and
@@ -147,35 +170,39 @@ async def ask(client: openai.AsyncOpenAI, request: dict, question: Question, max
         BadReply: the last reply was no verdict either.
         openai.APIError: the judge cannot be reached, or says no.
     """
-    tokens = {"input_tokens": 0, "output_tokens": 0}
-
-    for attempt in range(max_retries + 1):
+    input_tokens = output_tokens = attempts = 0
+    while True:
+        attempts += 1
         try:
             # At temperature 0 the same chat would get the same reply again.
-            reply = await create(client, request, messages_of(question, with_examples=attempt > 0))
-            usage = getattr(reply, "usage", None)
-            for name, said in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
-                count = getattr(usage, said, None)
-                tokens[name] += count if isinstance(count, int) else 0
-            scores = parse_reply(text_of(reply), question)
+            completion = await create(client, request, messages_of(question, with_examples=attempts > 1))
+            read, written = used_tokens(completion)
+            input_tokens, output_tokens = input_tokens + read, output_tokens + written
+            reply = parse_reply(text_of(completion), question)
         except BadReply:
-            if attempt == max_retries:
+            if attempts > max_retries:
                 raise
-            await asyncio.sleep(min(0.25 * 2**attempt, 8))
+            await asyncio.sleep(min(0.25 * 2 ** (attempts - 1), 8))
         else:
             break
 
-    score_a, score_b = scores["score_1"], scores["score_2"]
+    score_a, score_b = reply.score_1, reply.score_2
     if question.order == "BA":
         score_a, score_b = score_b, score_a
-    verdict = {"score_a": score_a, "score_b": score_b, "reason": scores["reason"].strip()}
-    served_model = str(getattr(reply, "model", None))
-    return verdict | {"served_model": served_model, "attempts": attempt + 1} | tokens
+    return Verdict(
+        score_a=score_a,
+        score_b=score_b,
+        reason=reply.reason,
+        served_model=str(getattr(completion, "model", None)).encode(errors="replace").decode(),
+        attempts=attempts,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+    )
 
 
-async def create(client: openai.AsyncOpenAI, request: dict, messages: list[dict]) -> object:
+async def create(client: openai.AsyncOpenAI, request: dict, messages: list[dict]) -> Any:
     """Send one request; without the JSON schema if the judge says that it does not support one."""
-    sent = request | {"messages": messages}
+    sent: dict[str, Any] = {**request, "messages": messages}
     try:
         return await client.chat.completions.create(**sent)
     except (openai.BadRequestError, openai.UnprocessableEntityError) as error:

@@ -62,7 +62,7 @@ function showResponse(parent, prompt, at, column) {
   if (steps) showTokens(text, card, response, steps, column, at);
   else if (response === null) add(text, "span", "dim", isReference ? "no reference" : "no response");
   else text.textContent = response.trim();
-  if (prompt.feet[column]) add(card, "div", "foot dim", prompt.feet[column]);
+  if (prompt.footnotes[column]) add(card, "div", "footnote dim", prompt.footnotes[column]);
 }
 
 function showTokens(text, card, response, steps, column, at) {
@@ -70,7 +70,7 @@ function showTokens(text, card, response, steps, column, at) {
   // A character of several tokens, or a tokenizer that strips spaces: show the response itself as well.
   if (response !== null && !tokens.join("").startsWith(response)) {
     text.textContent = response.trim();
-    text = add(card, "div", "text foot dim");
+    text = add(card, "div", "text footnote dim");
   }
   tokens.forEach((token, step) => {
     const shown = step === 0 ? token.trimStart() : token;

@@ -1,50 +1,104 @@
 """How likely a policy finds a response, all of it and within its top-k.
 
-A response is known as text and encoded again here; where the policy wrote a text with other tokens than the
-tokenizer would, the numbers are those of the tokenizer's.
+A response is the ids that its policy wrote, the EOS that ended it included. Its text is encoded again only
+where they are not known or mean something else to another policy; it then ends with any EOS of that policy.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
+import pandas as pd
 import torch
-from command_line import fail
-from processes import copy_weights, join_processes, map_batches
-from text_encoding import encode_prompts, encode_responses, start_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+
+from pargs.cli import fail
+from pargs.encoding import encode_responses
+from pargs.files import DECODE
+from pargs.models import Policy, encode_for_policy, load_policy, load_tokenizer
+from pargs.processes import join_processes, map_shared
+from pargs.runs import METHODS_FILE
+
+LogProbs = tuple[np.ndarray, np.ndarray]  # of a response's tokens: under a policy, and under its top-k
 
 
-def load_policy(name: str) -> PreTrainedModel:
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # no network, no such name, a broken file: a dozen different types
-        fail(f"cannot load the policy {name!r}: {error}")
-    return copy_weights(policy.eval()).to(join_processes().device)
+class Pair(NamedTuple):
+    """A prompt and a response as a policy reads them."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    any_eos: bool = False  # the last id stands for every EOS of the policy: which one ended it is not known
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        fail(f"cannot load the tokenizer of {name!r}: {error}")
-    if not tokenizer.is_fast:
-        fail(f"{name!r} has no fast tokenizer, which its likelihoods need")
-    return tokenizer
+def measure_log_probs(
+    policy_name: str,
+    responses: pd.DataFrame,
+    template: str,
+    writer: str | None,
+    k: int,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str,
+) -> tuple[list[LogProbs], str | None]:
+    """Both log-probabilities of each response under a policy; and why text was encoded again, if it was.
 
-
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, finished: bool, template: str
-) -> tuple[list[int], list[int]]:
-    """Ids of the prompt as decoding reads it, and of the response, with its EOS where the policy wrote one.
-
-    What spells a special token in either text stays text; special tokens of `template` are live.
+    `responses` is indexed by (prompt, copy); `writer` is the policy that wrote them.
     """
-    (prompt_ids,) = encode_prompts(tokenizer, [prompt], template)
-    (response_ids,) = encode_responses(tokenizer, [prompt], [response])
-    return start_ids(tokenizer) + prompt_ids, response_ids + [tokenizer.eos_token_id] * finished
+    policy = load_policy(policy_name, torch.float32, join_processes().device)
+    reason = why_encode_again(policy, responses, writer)
+    if reason:
+        pairs = encode_texts_again(policy, responses, template, max_new_tokens)
+    else:
+        pairs = pair_ids(policy, responses, template, max_new_tokens)
+    return response_log_probs(policy, pairs, k, batch_size, label), reason
+
+
+def why_encode_again(policy: Policy, responses: pd.DataFrame, writer: str | None) -> str | None:
+    """Why the ids of the responses are not what this policy would read; None where they are."""
+    if responses["ids"].isna().any():
+        return "their files hold no ids"
+    if writer is None:
+        return f"{METHODS_FILE} does not say whose ids they are"
+    if policy.name != writer and vocabulary(policy.name) != vocabulary(writer):
+        return f"{policy.name!r} has another vocabulary than the policy that wrote them"
+    return None
+
+
+@cache
+def vocabulary(name: str) -> dict[str, int]:
+    return load_tokenizer(name).get_vocab()
+
+
+def pair_ids(policy: Policy, responses: pd.DataFrame, template: str, max_new_tokens: int) -> list[Pair]:
+    """Each prompt as decoding reads it, and the ids that were written."""
+    prompts = list(responses.index.get_level_values("prompt"))
+    prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
+    vocabulary_size = policy.model.get_input_embeddings().num_embeddings
+    if any(not 0 <= token < vocabulary_size for ids in responses["ids"] for token in ids):
+        fail(f"a generation file holds ids that {policy.name!r} does not know; make it again with `{DECODE}`")
+    return [Pair(prompt, ids) for prompt, ids in zip(prompt_ids, responses["ids"], strict=True)]
+
+
+def encode_texts_again(
+    policy: Policy, responses: pd.DataFrame, template: str, max_new_tokens: int
+) -> list[Pair]:
+    """Each prompt as decoding reads it, and its response's text in the policy's own tokens.
+
+    What spells a special token in a text stays text; special tokens of `template` are live.
+    """
+    prompts = list(responses.index.get_level_values("prompt"))
+    prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
+    response_ids = encode_responses(policy.tokenizer, prompts, list(responses["result"]))
+    eos, ended = sorted(policy.eos_ids)[:1], responses["finish_reason"] == "eos"
+    return [
+        Pair(prompt, response + eos * ends, bool(eos) and ends)
+        for prompt, response, ends in zip(prompt_ids, response_ids, ended, strict=True)
+    ]
 
 
 def response_log_probs(
-    policy: PreTrainedModel, pairs: list[tuple[list[int], list[int]]], k: int, batch_size: int, label: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    policy: Policy, pairs: list[Pair], k: int, batch_size: int, label: str
+) -> list[LogProbs]:
     """Log-probabilities in nats of each response's tokens given what precedes them.
 
     Returns:
@@ -52,18 +106,20 @@ def response_log_probs(
         (renormalised over the k likeliest tokens, -inf for a token outside them). Both are empty where
         the pair does not fit into the policy's context.
     """
-    limit = getattr(policy.config, "max_position_embeddings", None) or float("inf")
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    fitting = [at for at, pair in enumerate(pairs) if all(pair) and lengths[at] <= limit]
+    lengths = [len(pair.prompt_ids) + len(pair.response_ids) for pair in pairs]
+    fitting = [
+        at
+        for at, pair in enumerate(pairs)
+        if pair.prompt_ids and pair.response_ids and lengths[at] <= policy.max_length
+    ]
     # Longest first: little padding, and what does not fit into memory fails at once.
     order = sorted(fitting, key=lambda at: -lengths[at])
-
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    scored = map_batches(
-        lambda batch: batch_log_probs(policy, [pairs[at] for at in batch], k), batches, label
+    scored = map_shared(
+        lambda batch: batch_log_probs(policy, [pairs[at] for at in batch], k), batches, label, " batches"
     )
 
-    results = [(np.empty(0), np.empty(0))] * len(pairs)
+    results: list[LogProbs] = [(np.empty(0), np.empty(0))] * len(pairs)
     for batch, of_batch in zip(batches, scored, strict=True):
         for at, log_probs in zip(batch, of_batch, strict=True):
             results[at] = log_probs
@@ -71,23 +127,28 @@ def response_log_probs(
 
 
 @torch.inference_mode()
-def batch_log_probs(
-    policy: PreTrainedModel, pairs: list[tuple[list[int], list[int]]], k: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    sequences = [torch.tensor(prompt + response) for prompt, response in pairs]
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(policy.device)
-    ends = torch.tensor([len(sequence) for sequence in sequences], device=policy.device)
-    attention_mask = (torch.arange(input_ids.shape[1], device=policy.device) < ends[:, None]).long()
+def batch_log_probs(policy: Policy, pairs: list[Pair], k: int) -> list[LogProbs]:
+    device = policy.model.device
+    sequences = [torch.tensor(pair.prompt_ids + pair.response_ids) for pair in pairs]
+    input_ids = pad_sequence(sequences, batch_first=True).to(device)  # [batch, length]
+    attention_mask = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True).to(device)
     # [batch, length, vocabulary]
-    logits = policy(input_ids=input_ids, attention_mask=attention_mask).logits
+    logits = policy.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
+    eos = torch.tensor(sorted(policy.eos_ids), dtype=torch.long, device=device)
     results = []
-    for row, (prompt, response) in enumerate(pairs):
-        first, last = len(prompt), len(prompt) + len(response)
+    for row, pair in enumerate(pairs):
+        first, last = len(pair.prompt_ids), len(sequences[row])
         log_probs = logits[row, first - 1 : last - 1].float().log_softmax(-1)  # [response, vocabulary]
-        chosen = log_probs.gather(-1, input_ids[row, first:last, None]).squeeze(-1)
-
         top = log_probs.topk(min(k, log_probs.shape[-1])).values  # [response, k]
-        within = torch.where(chosen >= top[:, -1], chosen - top.logsumexp(-1), -torch.inf)
-        results.append((chosen.cpu().double().numpy(), within.cpu().double().numpy()))
+        within = log_probs - top.logsumexp(-1, keepdim=True)
+        within = within.where(log_probs >= top[:, -1:], -torch.inf)  # [response, vocabulary]
+
+        of_tokens = []
+        for values in (log_probs, within):
+            chosen = values.gather(-1, input_ids[row, first:last, None]).squeeze(-1)  # [response]
+            if pair.any_eos:
+                chosen[-1] = values[-1, eos].logsumexp(-1)
+            of_tokens.append(chosen.cpu().double().numpy())
+        results.append(tuple(of_tokens))
     return results

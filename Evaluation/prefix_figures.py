@@ -3,25 +3,30 @@
 from textwrap import shorten
 
 import pandas as pd
+from figures import EDGE, GREY, PALETTE, style_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from reward_reading import Pair, Response, RewardModel
+from reward_reading import Pair
 
-MODELS = {"full": "#9a6fb0", "partial": "#1f5fa8"}  # those of ARGS and PARGS, which they guide
+from pargs.models import RewardModel
+from pargs.prefixes import EncodedResponse
+
+MODELS = {"full": PALETTE[0], "partial": PALETTE[2]}
 SIDES = {"chosen": "#3a9d78", "rejected": "#c8553d"}
 READABLE = 32  # tokens whose words still fit along an axis
 PROMPT_CHARACTERS = 170
 
 
-def draw_accuracy(accuracy: pd.DataFrame, num_pairs: int) -> Figure:
-    """Accuracy with its interval against the part of the response seen, a line per model.
+def draw_accuracy(accuracy: pd.DataFrame, paired: pd.DataFrame, num_pairs: int) -> Figure:
+    """Above: accuracy with its interval against the part of the response seen, a line per model.
+    Below: how much more often the partial model is right on the pairs that both rank.
 
-    `accuracy` has a row per `model` and `percent`, as written to prefix_accuracy.csv.
+    `accuracy` has a row per `model` and `percent`, `paired` a row per `percent`, as in the .csv files.
     """
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7.2, 5.8), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     axes.axhline(0.5, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate("coin toss", (101, 0.5), (0, 3), textcoords="offset points", ha="right", color="#555555")
 
@@ -31,14 +36,12 @@ def draw_accuracy(accuracy: pd.DataFrame, num_pairs: int) -> Figure:
         axes.vlines(
             at, rows["interval_low"], rows["interval_high"], color=colour, alpha=0.45, linewidth=2.6, zorder=2
         )
-        edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-        axes.plot(at, rows["accuracy"], "o-", color=colour, markersize=8, linewidth=1.6, **edge, zorder=3)
+        axes.plot(at, rows["accuracy"], "o-", color=colour, markersize=8, linewidth=1.6, **EDGE, zorder=3)
 
-    style(axes, "Ranking accuracy on prefixes of held-out pairs", "part of the response seen", pad=28)
-    axes.set_ylabel("chosen prefix scores above the rejected one")
-    axes.set_xticks(sorted(accuracy["percent"].unique()))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(100 if axis is axes.xaxis else 1, decimals=0))
+    style_axes(axes, "Ranking accuracy on prefixes of held-out pairs", pad=28)
+    axes.set_ylabel("chosen prefix scores\nabove the rejected one")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    draw_differences(below, paired)
 
     handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in MODELS.values()]
     names = [f"{label} reward model" for label in MODELS]
@@ -47,10 +50,26 @@ def draw_accuracy(accuracy: pd.DataFrame, num_pairs: int) -> Figure:
     counts = accuracy.loc[accuracy["n"] > 0, "n"]
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     caption = (
-        f"bars: 95% Wilson interval      of {num_pairs} pairs, {span} count: those whose prefixes differ"
+        f"{span} of {num_pairs} pairs count: those whose prefixes differ\n"
+        "bars: 95% interval, by Wilson above, by bootstrap over pairs below"
     )
     figure.supxlabel(caption, fontsize=8.5, color="#555555")
     return figure
+
+
+def draw_differences(axes: Axes, paired: pd.DataFrame) -> None:
+    """The paired difference at each percentage with its interval, around a line where there is none."""
+    rows = paired.dropna(subset="difference")
+    axes.axhline(0, color="#444444", linewidth=1, zorder=1)
+    bounds = rows["interval_low"], rows["interval_high"]
+    axes.vlines(rows["percent"], *bounds, color=GREY, alpha=0.6, linewidth=2.6, zorder=2)
+    axes.plot(rows["percent"], rows["difference"], "o", color=GREY, markersize=7, **EDGE, zorder=3)
+
+    style_axes(axes, "", "part of the response seen")
+    axes.set_ylabel("partial − full,\nsame pairs")
+    axes.set_xticks(paired["percent"])
+    axes.xaxis.set_major_formatter(PercentFormatter(100, decimals=0))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}".replace("-", "−") if value else "0%")
 
 
 def draw_token_rewards(
@@ -72,7 +91,7 @@ def draw_token_rewards(
         heading = shorten(pair["full"].prompt, PROMPT_CHARACTERS, placeholder=" …")
         part.suptitle(heading, x=0.01, ha="left", fontsize=9, color="#555555", parse_math=False)
         for axes, (label, reward_model) in zip(part.subplots(1, 2), reward_models.items(), strict=True):
-            style(axes, f"{label.capitalize()} reward model" if at == 0 else "")
+            style_axes(axes, f"{label.capitalize()} reward model" if at == 0 else "")
             draw_curves(axes, pair[label], curves[label][at], reward_model)
             axes.set_ylabel("reward")
             axes.set_ylim(*reward_range(curves[label]))
@@ -106,8 +125,7 @@ def draw_curves(axes: Axes, pair: Pair, curves: dict[str, list[float]], reward_m
 
     above = axes.secondary_xaxis("top")
     for axis, side in ((above, "chosen"), (axes, "rejected")):
-        response: Response = getattr(pair, side)
-        labels = words(reward_model, response)
+        labels = words(reward_model, pair.sides[side])
         axis.set_xticks(range(1, len(labels) + 1), labels, fontsize=7.5, color=SIDES[side])
         for tick in axis.get_xticklabels():
             tick.set(rotation=60, rotation_mode="anchor", ha="left" if axis is above else "right")
@@ -116,18 +134,9 @@ def draw_curves(axes: Axes, pair: Pair, curves: dict[str, list[float]], reward_m
     above.spines["top"].set_visible(False)
 
 
-def words(reward_model: RewardModel, response: Response) -> list[str]:
+def words(reward_model: RewardModel, response: EncodedResponse) -> list[str]:
     """Each token as text."""
-    eos_id = reward_model.tokenizer.eos_token_id if reward_model.causal else None
-    return [
-        "(end)" if token == eos_id else reward_model.tokenizer.decode([token]).strip()
-        for token in response.ids
-    ]
-
-
-def style(axes: Axes, title: str, label: str = "", pad: float = 6) -> None:
-    axes.set_title(title, loc="left", fontweight="bold", pad=pad)
-    axes.set_xlabel(label)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tokenizer = reward_model.tokenizer
+    texts = [text.strip() for text in tokenizer.batch_decode([[token] for token in response.ids])]
+    ends = reward_model.causal and response.ids[-1] == tokenizer.eos_token_id
+    return [*texts[:-1], "(end)"] if ends else texts

@@ -2,20 +2,13 @@
 
 import numpy as np
 import pandas as pd
+from figures import EDGE, GREY, PALETTE, style_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from statistics_table import per_prompt
+from statistics_table import per_prompt, run_means
 
-COLOURS = {
-    "ARGS": "#9a6fb0",
-    "PARGS-G": "#3f8fd2",
-    "PARGS": "#1f5fa8",
-    "BESTN": "#d98b2b",
-    "TOP-K": "#b0a03a",
-}
-OTHERS = {"DPO": "#3a9d78", "PPO": "#c8553d"}
-GREY = "#777777"  # the reference, and methods of one's own
+from pargs.runs import REFERENCE
 
 
 def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
@@ -29,22 +22,25 @@ def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     jitter = np.random.default_rng(0)
 
     for at, (method, row) in enumerate(summary.iterrows()):
-        colour = (COLOURS | OTHERS).get(method, GREY)
+        colour = GREY if method == REFERENCE else PALETTE[at % len(PALETTE)]
         points = per_prompt(rewards[method])
         heights = at + jitter.uniform(-0.28, 0.28, len(points))
         left.scatter(points, heights, s=11, color=colour, alpha=0.28, linewidths=0)
         draw_mean(left, row["mean"], row["interval_low"], row["interval_high"], at, colour)
 
         if row["runs"] > 1:
-            means = rewards[method].dropna().groupby(level="run").mean()
+            means = run_means(rewards[method])
             left.scatter(means, np.full(len(means), at + 0.38), s=22, marker="^", color=colour, linewidths=0)
         if method != baseline:
             draw_mean(right, row["difference"], row["difference_low"], row["difference_high"], at, colour)
 
     left.set_yticks(range(len(summary)), [f"{name}  (n={n:.0f})" for name, n in summary["n"].items()])
     left.set_ylim(len(summary) - 0.45, -0.55)  # the first method on top
-    label_axes(left, "Average reward", "reward of the response")
-    label_axes(right, f"Difference to {baseline}", f"reward minus {baseline}'s, same prompts")
+    style_axes(left, "Average reward", "reward of the response", grid="x")
+    style_axes(right, f"Difference to {baseline}", f"reward minus {baseline}'s, same prompts", grid="x")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.tick_params(axis="y", length=0)
     right.axvline(0, color="#444444", linewidth=1, zorder=1)
 
     legend = "● mean with 95% bootstrap interval      pale dots: one prompt each"
@@ -54,19 +50,8 @@ def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
 
 
 def draw_mean(axes: Axes, mean: float, low: float, high: float, at: int, colour: str) -> None:
-    """A dot and its interval, edged in white so that it stands out from the points behind it."""
+    """A dot and its interval, edged in white."""
     if np.isfinite([low, high]).all():
         axes.plot([low, high], [at, at], color="white", linewidth=5, solid_capstyle="round", zorder=3)
         axes.plot([low, high], [at, at], color=colour, linewidth=2.6, solid_capstyle="round", zorder=4)
-    edge = {"markeredgecolor": "white", "markeredgewidth": 1.2}
-    axes.plot([mean], [at], "o", color=colour, markersize=8, zorder=5, **edge)
-
-
-def label_axes(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.set_xlabel(label)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot([mean], [at], "o", color=colour, markersize=8, zorder=5, **EDGE)

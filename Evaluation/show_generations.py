@@ -8,26 +8,36 @@ Writes  generations.html: no network, no other files; open it in a browser.
 """
 
 import base64
-import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from command_line import fail, parse_command_line
-from run_files import REFERENCE, Run, check_writable, read_references, read_run, read_trace, write_whole
+from run_files import Run, read_references, read_run, read_steps
 from statistics_table import readable_table
 
-GUIDED = ("ARGS", "PARGS-G", "PARGS")
+from pargs.cli import SettingsParser, fail, setting
+from pargs.files import check_writable, write_text
+from pargs.runs import REFERENCE, Step
+
+REPORT = "python Evaluation/show_result.py"
 
 
 @dataclass
 class Settings:
-    output: str = field(default="generations.html", metadata={"help": "The page to write."})
-    dataset: str = field(
-        default="summarize_from_feedback", metadata={"help": "Dataset with the reference summaries."}
-    )
+    output: str = setting("generations.html", "The page to write.")
+    dataset: str = setting("summarize_from_feedback", "Dataset with the reference summaries.")
+
+
+def parse_command_line() -> tuple[Settings, Path]:
+    parser = SettingsParser(Settings, __doc__)
+    run_help = "The run directory; the current one by default."
+    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=run_help)
+    settings, others = parser.parse()
+    if len(others.runs) > 1:
+        fail(f"a page shows one run, not {len(others.runs)}: {' '.join(others.runs)}")
+    return settings, Path(others.runs[0])
 
 
 def collect_prompts(run: Run, methods: list[str], references: dict[str, list[str]]) -> list[dict]:
@@ -35,54 +45,48 @@ def collect_prompts(run: Run, methods: list[str], references: dict[str, list[str
     prompts = []
     for key, rewards in run.rewards.iterrows():
         prompt, copy = key
-        targets = references.get(prompt)
-        responses, feet = [], []
+        responses, footnotes = [], []
         for method in methods:
-            row = run.responses[method].loc[key] if method in run.responses else None
-            if method == REFERENCE:
-                responses.append(targets[min(copy, len(targets) - 1)] if targets else None)
-                feet.append("")
-            elif row is None or pd.isna(row["result"]):
-                responses.append(None)
-                feet.append("")
-            else:
-                responses.append(row["result"])
-                feet.append(footnote(row))
+            response, footnote = None, ""
+            if method == REFERENCE and prompt in references:
+                responses_of_prompt = references[prompt]
+                response = responses_of_prompt[min(copy, len(responses_of_prompt) - 1)]
+            elif method in run.responses:
+                row = run.responses[method].loc[key]
+                if not pd.isna(row["result"]):
+                    response, footnote = row["result"], describe_end(row)
+            responses.append(response)
+            footnotes.append(footnote)
 
-        known = [
-            None if method not in rewards or pd.isna(rewards[method]) else rewards[method]
-            for method in methods
-        ]
-        prompts.append({"prompt": prompt, "rewards": known, "responses": responses, "feet": feet})
+        known = [rewards[method] if pd.notna(rewards.get(method)) else None for method in methods]
+        prompts.append({"prompt": prompt, "rewards": known, "responses": responses, "footnotes": footnotes})
     return prompts
 
 
-def footnote(row: pd.Series) -> str:
-    parts = [] if pd.isna(row["num_tokens"]) else [f"{row['num_tokens']:.0f} tokens"]
-    if row["finish_reason"] == "length":
-        parts.append("cut off at the limit")
-    return ", ".join(parts)
+def describe_end(row: pd.Series) -> str:
+    cut = ", cut off at the limit" if row["finish_reason"] == "length" else ""
+    return f"{row['num_tokens']:.0f} tokens{cut}"
 
 
 def collect_traces(run: Run, methods: list[str]) -> dict[str, list[list[dict] | None]]:
-    """Per guided method with a trace, the steps of each prompt, numbers rounded to what is shown."""
+    """Per method with a trace, the steps of each prompt, numbers rounded to what is shown."""
     traces = {}
-    for method in GUIDED:
-        steps = read_trace(run.directory, method) if method in methods else {}
-        if steps:
+    for method in methods:
+        if steps := read_steps(run, method):
             found = [steps.get(key) for key in run.rewards.index]
             traces[method] = [each and [rounded_step(step) for step in each] for each in found]
     return traces
 
 
-def rounded_step(step: dict) -> dict:
-    numbers = {name: [finite(value) for value in step[name]] for name in ("log_probs", "rewards")}
-    return {"tokens": step["tokens"], "chosen": step["chosen"], **numbers}
+def rounded_step(step: Step) -> dict:
+    numbers = {"log_probs": step.log_probs, "rewards": step.rewards}
+    rounded = {name: [finite(value) for value in values] for name, values in numbers.items()}
+    return {"tokens": step.tokens, "chosen": step.chosen, **rounded}
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """Rounded for the page; JSON knows no NaN."""
-    return round(value, 3) if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else round(value, 3)
 
 
 def collect_table(directory: Path) -> dict | None:
@@ -90,9 +94,13 @@ def collect_table(directory: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        shown = readable_table(pd.read_csv(path).set_index("method"))
-    except (KeyError, IndexError, ValueError, TypeError, OSError) as error:
-        fail(f"cannot read {path} ({error!r}); make it again with `python Evaluation/show_result.py`")
+        summary = pd.read_csv(path).set_index("method")
+        summary = summary.astype({column: float for column in summary if column != "baseline"})
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"cannot read {path} ({error}); make it again with `{REPORT}`")
+    if summary.empty or not {"baseline", "n", "runs", "mean"} <= set(summary):
+        fail(f"{path} is no table of results; make it again with `{REPORT}`")
+    shown = readable_table(summary)
     return {"columns": list(shown), "rows": shown.values.tolist()}
 
 
@@ -116,52 +124,47 @@ def embed_json(data: dict) -> str:
 
 
 def fill_template(data: dict) -> str:
-    """The page: template, script and data in one file. The policy in it allows this script and no other."""
+    """The page: template, script and data in one file."""
     folder = Path(__file__).parent
     template = (folder / "page_template.html").read_text(encoding="utf-8")
     script = (folder / "page_script.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-    head, rest = template.replace("@SCRIPT_HASH@", f"sha256-{digest}").split("@DATA@")
+    head, rest = template.split("@DATA@")
     return head + embed_json(data) + rest.replace("@SCRIPT@", script)
 
 
 def main() -> None:
-    settings, directories = parse_command_line(
-        Settings, __doc__, "The run directory; the current one by default."
-    )
-    if len(directories) > 1:
-        fail(f"a page shows one run, not {len(directories)}: {' '.join(directories)}")
-    check_writable(Path(settings.output).parent)
+    settings, directory = parse_command_line()
+    output = Path(settings.output)
+    check_writable(output.parent)
 
-    run = read_run(directories[0])
-    references = read_references(run.directory, settings.dataset)
+    run = read_run(directory)
+    references = read_references(run, settings.dataset)
     if not references:
-        run.notes.append(f"no references: {settings.dataset}/ is not there")
-    table = collect_table(run.directory)
+        run.note(f"no references: {settings.dataset}/ is not there")
+    table = collect_table(directory)
     if table is None:
-        run.notes.append("no result table and figure: make them with `python Evaluation/show_result.py`")
+        run.note(f"no result table and figure: make them with `{REPORT}`")
 
-    methods = [method for method in run.rewards if method != REFERENCE] + [REFERENCE]
+    methods = [str(method) for method in run.rewards if method != REFERENCE] + [REFERENCE]
     traces = collect_traces(run, methods)
     page = fill_template(
         {
-            "run": run.directory.resolve().name,
+            "run": directory.resolve().name,
             "methods": methods,
             "reference": REFERENCE,
             "prompts": collect_prompts(run, methods, references),
             "traces": traces,
             "table": table,
-            "figures": collect_figures(run.directory),
+            "figures": collect_figures(directory),
             "notes": run.notes,
         }
     )
-    write_whole(Path(settings.output), lambda path: path.write_text(page, encoding="utf-8", newline="\n"))
+    write_text(output, page)
 
     for note in run.notes:
         print(f"- {note}")
     traced = f", with the candidates of {', '.join(traces)}" if traces else ""
-    print(f"wrote {settings.output}: {len(run.rewards)} prompts, {len(methods) - 1} methods{traced}")
+    print(f"wrote {output}: {len(run.rewards)} prompts, {len(methods) - 1} methods{traced}")
     print("next: open it in a browser")
 
 

@@ -6,12 +6,22 @@ from scipy import stats
 
 
 def per_prompt(values: pd.Series) -> pd.Series:
-    """Average a (run, prompt, copy) series over its runs; missing values are left out.
+    """Average a (run, prompt, copy) series over its runs and copies; missing values are left out.
 
-    Prompts, not rows, are the sample: the same prompt decoded with three seeds is not three independent
-    observations (a greedy method would repeat itself and look three times as certain).
+    Prompts, not rows, are the sample: the same prompt decoded with three seeds, or three times in one run, is
+    not three independent observations (a greedy method would repeat itself and look three times as certain).
     """
-    return values.dropna().groupby(level=["prompt", "copy"], sort=False).mean()
+    return values.dropna().groupby(level="prompt", sort=False).mean()
+
+
+def run_means(values: pd.Series) -> pd.Series:
+    """The mean of each run over its prompts, of a (run, prompt, copy) series."""
+    return values.groupby(level="run").agg(lambda of_run: per_prompt(of_run).mean()).dropna()
+
+
+def count_folded(rewards: pd.DataFrame) -> int:
+    """How many rows are further copies of a prompt that their run has already."""
+    return int((rewards.index.get_level_values("copy") > 0).sum())
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
@@ -29,24 +39,38 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
+def proportion(count: int, total: int) -> dict:
+    """count / total with its 95% Wilson interval (Wilson 1927); nulls where there is nothing to count."""
+    if total == 0:
+        return {"count": 0, "of": 0, "rate": None, "low": None, "high": None}
+    interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return {"count": count, "of": total, "rate": count / total, "low": interval.low, "high": interval.high}
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """p of McNemar's exact test: are two methods right equally often, by the cases where only one is?"""
+    decided = first_only + second_only
+    return float(stats.binomtest(first_only, decided).pvalue) if decided else 1.0
+
+
 def summarise_method(rewards: pd.Series, resamples: int, seed: int) -> dict[str, float]:
     """n, mean, standard error (sample standard deviation / sqrt n), interval, and the spread of the runs."""
     prompts = per_prompt(rewards)
     low, high = bootstrap_interval(prompts.to_numpy(), resamples, seed)
-    run_means = rewards.dropna().groupby(level="run").mean()
+    of_runs = run_means(rewards)
     return {
         "n": len(prompts),
-        "runs": len(run_means),
+        "runs": len(of_runs),
         "mean": prompts.mean(),
         "standard_error": prompts.sem(),
         "interval_low": low,
         "interval_high": high,
-        "run_std": run_means.std(ddof=1),
+        "run_std": of_runs.std(ddof=1),
     }
 
 
 def compare_methods(rewards: pd.Series, baseline: pd.Series, resamples: int, seed: int) -> dict[str, float]:
-    """Mean difference over the rows that both have, its interval, and the win rate (a tie is half a win)."""
+    """Mean difference where both have a reward, its interval, and the win rate (a tie is half a win)."""
     difference = (rewards - baseline).dropna()
     prompts = per_prompt(difference)
     low, high = bootstrap_interval(prompts.to_numpy(), resamples, seed)

@@ -1,8 +1,10 @@
 """What the verdicts on two methods add up to: win, tie and loss, and how far the judge goes by position."""
 
 from collections import Counter
+from typing import Any
 
-from scipy.stats import binomtest
+from judge import Verdict
+from statistics_table import proportion
 
 LABELS = {
     "win": "A wins",
@@ -14,21 +16,13 @@ LABELS = {
 }
 
 
-def proportion(count: int, total: int) -> dict:
-    """count / total with its 95% Wilson interval (Wilson 1927); nulls where there is nothing to count."""
-    if total == 0:
-        return {"count": 0, "of": 0, "rate": None, "low": None, "high": None}
-    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return {"count": count, "of": total, "rate": count / total, "low": interval.low, "high": interval.high}
-
-
-def preferred(verdict: dict) -> str:
+def preferred(verdict: Verdict) -> str:
     """What one verdict says: "A", "B" or "tie"."""
-    difference = verdict["score_a"] - verdict["score_b"]
+    difference = verdict.score_a - verdict.score_b
     return "A" if difference > 0 else "B" if difference < 0 else "tie"
 
 
-def summarise(judged: list[tuple[str, dict, dict]]) -> dict:
+def summarise(judged: list[tuple[str, Verdict, Verdict]]) -> dict[str, Any]:
     """Count what the verdicts say. `judged`: per pair its prompt, the verdict with A first, the one with B.
 
     A pair whose two verdicts disagree is a tie. Position bias is the share of the verdicts with a
@@ -57,11 +51,11 @@ def summarise(judged: list[tuple[str, dict, dict]]) -> dict:
         "win_without_ties": proportion(count["win"], count["win"] + count["loss"]),
         "orders_disagree": proportion(disagree, pairs),
         "first_shown_preferred": proportion(first_preferred, decided),
-        "mean_score_a": sum(verdict["score_a"] for verdict in verdicts) / len(verdicts),
-        "mean_score_b": sum(verdict["score_b"] for verdict in verdicts) / len(verdicts),
-        "served_models": sorted({verdict["served_model"] for verdict in verdicts}),
-        "input_tokens": sum(verdict["input_tokens"] for verdict in verdicts),
-        "output_tokens": sum(verdict["output_tokens"] for verdict in verdicts),
+        "mean_score_a": sum(verdict.score_a for verdict in verdicts) / len(verdicts),
+        "mean_score_b": sum(verdict.score_b for verdict in verdicts) / len(verdicts),
+        "served_models": sorted({verdict.served_model for verdict in verdicts}),
+        "input_tokens": sum(verdict.input_tokens for verdict in verdicts),
+        "output_tokens": sum(verdict.output_tokens for verdict in verdicts),
         "outcomes": outcomes,
     }
 

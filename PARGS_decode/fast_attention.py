@@ -7,6 +7,7 @@ after it has given the same rewards as the attention of transformers; whatever g
 
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ def use_fast_attention(model: PreTrainedModel) -> str | None:
 
 def switch_attention(model: PreTrainedModel) -> str | None:
     """Switch and check a model in evaluation mode, on whatever device; restores it if anything fails."""
-    encoder = model.deberta.encoder
+    deberta: Any = model.get_submodule("deberta")
+    encoder = deberta.encoder
     attentions = [layer.attention.self for layer in encoder.layer]
     try:
         expected = check_rewards(model)
@@ -45,7 +47,7 @@ def switch_attention(model: PreTrainedModel) -> str | None:
         if not difference <= allowed:  # a NaN is no agreement either
             raise ValueError(f"its rewards differ by {difference:.2g}, where {allowed:.2g} is allowed")
     except Exception as error:
-        model.deberta.encoder = encoder
+        deberta.encoder = encoder
         for layer, attention in zip(encoder.layer, attentions, strict=True):
             layer.attention.self = attention
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -59,20 +61,21 @@ def optimize(model: PreTrainedModel) -> str:
     from disentangled_flash import __version__, optimize_deberta
     from disentangled_flash.tuning import TUNING_SEQUENCE_LENGTHS
 
-    encoder, longest = model.deberta.encoder, model.config.max_position_embeddings
+    deberta: Any = model.get_submodule("deberta")
+    encoder, longest = deberta.encoder, model.config.max_position_embeddings
     families = [length for length in TUNING_SEQUENCE_LENGTHS if length >= longest]
     if not families:
         raise ValueError(f"disentangled-flash reads no inputs of {longest} tokens")
 
     # Downwards: a length shares its family's position tables, but only where those were made before it.
-    optimize_deberta(model.deberta, sequence_lengths=range(families[0], 0, -1))
-    if model.deberta.encoder is encoder:
+    optimize_deberta(deberta, sequence_lengths=range(families[0], 0, -1))
+    if deberta.encoder is encoder:
         raise ValueError("disentangled-flash needs Triton and attention heads of 32, 64 or 128")
-    model.deberta.encoder.register_forward_pre_hook(choose_length)
+    deberta.encoder.register_forward_pre_hook(choose_length)
     return f"disentangled-flash {__version__}"
 
 
-def choose_length(encoder: torch.nn.Module, inputs: tuple) -> None:
+def choose_length(encoder: Any, inputs: tuple) -> None:
     """The package reads one prepared length at a time: the width of this batch."""
     encoder.activate_shape(inputs[0].shape[1])
 

@@ -1,8 +1,8 @@
-"""What a decoding run has finished, kept as it goes: a run that was killed goes on from there.
+"""What a launch has finished, kept as it goes: one that was killed goes on from there.
 
 One file for each method and process, `generation_args.progress-0.jsonl`: a line for each finished response
 and one for its reward, flushed at once. Both belong to their prompt alone, so it does not matter which
-process, or which of several runs, wrote them.
+process, or which of several launches, wrote them.
 """
 
 import json
@@ -11,44 +11,87 @@ from hashlib import blake2b
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from script_settings import fail
+from accelerate.utils import broadcast_object_list
+from responses import Response
+
+from pargs.cli import fail, is_main
+from pargs.processes import gather
+from pargs.runs import generation_path
 
 
 class Progress:
-    """Append-only records of one part of the work; each process writes a file of its own and knows all.
+    """Append-only lines on one method's work; each process writes a file of its own and knows all.
 
-    `experiment` tells records apart that other settings left behind, say on another machine's disk.
+    `experiment`, all that kept work must agree in, tells lines apart that other settings left behind, say on
+    another machine's disk; what the main process calls it counts.
     """
 
-    def __init__(self, stem: str, experiment: str = ""):
+    def __init__(self, method: str, experiment: object = None):
         state = PartialState()
-        self.stem, self.experiment = stem, experiment
-        self.path = Path(f"{stem}.progress-{state.process_index}.jsonl")
+        self.method = method
+        self.experiment = broadcast_object_list([digest(experiment)])[0]
+        self.path = Path(f"{generation_path(method).stem}.progress-{state.process_index}.jsonl")
         try:
-            found = [record for path in self.share_of_files() for record in read_records(path)]
-            found = [record for record in found if record.get("experiment") == experiment]
-            # Nobody writes before everybody has read.
-            self.found: list[dict] = gather_object(found)
+            found = [line for path in self.own_files() for line in read_lines(path)]
+            found = [line for line in found if line.get("experiment") == self.experiment]
+            found = gather(found)  # nobody writes before everybody has read
             self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.write(self.descriptor, b"\n")  # ends a line that a kill cut short
         except OSError as error:
             fail(f"cannot keep the progress in {str(self.path)!r}: {error}")
+        self.rewards: dict[str, float] = {line["pair"]: line["reward"] for line in found if "reward" in line}
+        self.responses = {(line["prompt"], line["sample"]): line for line in found if "ids" in line}
 
-    def share_of_files(self) -> list[Path]:
-        """This process's files of the last run, also where that had more processes."""
+    def own_files(self) -> list[Path]:
+        """This process's files of the last launch, also where that had more processes."""
         state = PartialState()
-        files = {path.stem.rpartition("-")[2]: path for path in Path().glob(f"{self.stem}.progress-*.jsonl")}
+        numbered = {path.stem.rpartition("-")[2]: path for path in progress_files(self.method)}
         return [
             path
-            for number, path in files.items()
+            for number, path in numbered.items()
             if number.isdecimal() and int(number) % state.num_processes == state.process_index
         ]
 
-    def add(self, records: list[dict]) -> None:
-        """Append the records and hand them to the system at once: killing the process loses none of them."""
-        lines = (json.dumps(record | {"experiment": self.experiment}) + "\n" for record in records)
-        unwritten = "".join(lines).encode()
+    def fill_in(self, responses: list[Response], samples: int) -> list[Response]:
+        """Complete the responses that were finished before; returns those of prompts that are not whole."""
+        unwritten = []
+        for at in range(0, len(responses), samples):
+            group = responses[at : at + samples]
+            lines = [self.responses.get((digest(each.prompt), each.sample)) for each in group]
+            if None in lines:
+                unwritten += group
+                continue
+            for response, line in zip(group, filter(None, lines), strict=True):
+                response.ids, response.steps = line["ids"], line["steps"]
+                response.eos_id = line["eos_id"]
+
+        num_kept = len(responses) - len(unwritten)
+        kept, total = map(sum, zip(*gather([(num_kept, len(responses))]), strict=True))
+        if kept and is_main():
+            print(f"{self.method}: {kept} of {total} responses kept from an earlier run")
+        return unwritten
+
+    def add_responses(self, responses: list[Response]) -> None:
+        lines = [
+            {
+                "prompt": digest(response.prompt),
+                "sample": response.sample,
+                "ids": response.ids,
+                "eos_id": response.eos_id,
+                "steps": response.steps,
+            }
+            for response in responses
+        ]
+        self.append(lines)
+
+    def add_reward(self, pair: str, reward: float) -> None:
+        """Keep the reward of a finished response; `pair` is the digest of its prompt and text."""
+        self.append([{"pair": pair, "reward": reward}])
+
+    def append(self, lines: list[dict]) -> None:
+        """Hand the lines to the system at once: killing the process loses none of them."""
+        text = "".join(json.dumps(line | {"experiment": self.experiment}) + "\n" for line in lines)
+        unwritten = text.encode()
         try:
             while unwritten:
                 unwritten = unwritten[os.write(self.descriptor, unwritten) :]
@@ -59,29 +102,27 @@ class Progress:
         """Remove the files, once what they led to is written."""
         os.close(self.descriptor)
         PartialState().wait_for_everyone()
-        for path in self.share_of_files():
+        for path in self.own_files():
             path.unlink(missing_ok=True)
 
 
-def digest(what: object) -> str:
-    """A short name for anything that JSON can hold."""
-    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
+def progress_files(method: str) -> list[Path]:
+    return list(Path().glob(f"{generation_path(method).stem}.progress-*.jsonl"))
 
 
-def drop_progress(stem: str) -> None:
-    """Remove what a run left that was killed after its results were written."""
-    for path in Path().glob(f"{stem}.progress-*.jsonl"):
-        path.unlink(missing_ok=True)
-
-
-def read_records(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """The lines of a file; one that was cut short, or damaged, counts as not written."""
-    records = []
+    lines = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
+            content = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+        if isinstance(content, dict):
+            lines.append(content)
+    return lines
+
+
+def digest(content: object) -> str:
+    """A short name for anything that JSON can hold."""
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -4,25 +4,28 @@ Builds a source of N comparisons by repeating the rows of a parquet file in the 
 demo's posts), runs both data scripts on it, each as a process, and prints one row of a table for each N.
 Memory is the resident set of a script with all its children; disk is counted with temporary files.
 
-    python benchmarks/data_scale.py [--rows train.parquet] [--reward_model NAME] [--sizes 23214 46429 92858]
+    python benchmarks/data_scale.py
+    python benchmarks/data_scale.py --rows train.parquet --reward_model NAME --sizes 23214 46429 92858
 """
 
 import os
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
 import numpy as np
 import psutil
 import pyarrow as pa
 from datasets import load_from_disk
 from pyarrow import parquet
+from pydantic import PositiveInt
 from tqdm import tqdm
-from transformers import HfArgumentParser
+
+from pargs.cli import fail, parse_settings, setting
+from pargs.processes import progress_bar
 
 ROOT = Path(__file__).parents[1]
 PAIRS, ENTRIES = "summarize_from_feedback", "summarize_from_feedback_partial"
@@ -41,32 +44,22 @@ configs:
 
 @dataclass
 class Settings:
-    rows: str = field(
-        default="", metadata={"help": "Comparisons to repeat: a parquet file; demo posts if empty."}
+    rows: str = setting("", "Comparisons to repeat: a parquet file; the demo's posts if not given.")
+    reward_model: str = setting(
+        str(ROOT / "demo/models/full-reward-model"), "Its tokenizer makes the entries; hub name or folder."
     )
-    reward_model: str = field(
-        default=str(ROOT / "demo/models/full-reward-model"),
-        metadata={"help": "Its tokenizer makes the entries; hub name or folder."},
-    )
-    sizes: list[int] = field(
-        default_factory=lambda: [23214, 46429, 92858], metadata={"help": "Numbers of training comparisons."}
-    )
-    directory: str | None = field(
-        default=None, metadata={"help": "Where to work, in a temporary folder that is removed."}
-    )
+    sizes: list[PositiveInt] = setting([23214, 46429, 92858], "Numbers of training comparisons.")
+    directory: str | None = setting(None, "Where to work, in a temporary folder that is removed.")
 
 
 @dataclass
-class Cost:
+class Usage:
+    """What one script took."""
+
     seconds: float
     cpu_seconds: float
     memory: int  # bytes
     disk: int  # bytes, at its peak
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_rows(path: str, work: Path) -> pa.Table:
@@ -97,7 +90,7 @@ def write_source(rows: pa.Table, count: int, work: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(test), test_posts / "test.parquet")
 
 
-def run(work: Path, command: list) -> Cost:
+def run(work: Path, command: list) -> Usage:
     """Run a script in `work` to its end and watch what it uses."""
     log, temporary = work / "log", work / "temporary"
     temporary.mkdir(exist_ok=True)
@@ -113,8 +106,9 @@ def run(work: Path, command: list) -> Cost:
             memory, disk = max(memory, memory_use(process)), max(disk, disk_use(work) - before)
             time.sleep(0.25)
     if process.returncode:
-        fail(f"{command[0]} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return Cost(time.perf_counter() - start, cpu_of_children() - cpu_start, memory, disk)
+        print(log.read_text()[-2000:], file=sys.stderr)
+        fail(f"{command[0]} ended with {process.returncode}")
+    return Usage(time.perf_counter() - start, cpu_of_children() - cpu_start, memory, disk)
 
 
 def cpu_of_children() -> float:
@@ -168,11 +162,10 @@ def measure(rows: pa.Table, count: int, reward_model: str, work: Path) -> str:
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(
-        Settings, description=__doc__.splitlines()[0]
-    ).parse_args_into_dataclasses()
+    settings = parse_settings(Settings, __doc__)
     reward_model = settings.reward_model
-    reward_model = str(Path(reward_model).resolve()) if Path(reward_model).is_dir() else reward_model
+    if Path(reward_model).is_dir():
+        reward_model = str(Path(reward_model).resolve())  # the scripts run elsewhere
 
     with TemporaryDirectory(dir=settings.directory) as place:
         rows = read_rows(settings.rows, Path(place))
@@ -180,7 +173,7 @@ def main() -> None:
             "Pairs, then prefixes:\n\n| comparisons | seconds | CPU seconds | peak memory, MB | written, MB "
             "| peak disk with temporary files, MB | prefix pairs |\n|---|---|---|---|---|---|---|"
         )
-        for count in tqdm(settings.sizes, desc="sizes"):
+        for count in progress_bar(settings.sizes, "sizes", "size"):
             tqdm.write(measure(rows, count, reward_model, Path(place)))
 
 

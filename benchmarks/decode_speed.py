@@ -9,8 +9,8 @@ candidate, no cache) runs on the first few prompts and is scaled. Scoring and wr
 are left out of both. FLOP are 2 x weights x tokens, without attention, embeddings and padding: the share of
 the matmul peak, which is measured in the same run, is a lower bound.
 
-    python benchmarks/decode_speed.py
-    python benchmarks/decode_speed.py --models paper --num_prompts 10 100
+    PYTHONPATH=PARGS_decode:tests:demo python benchmarks/decode_speed.py
+    PYTHONPATH=PARGS_decode:tests:demo python benchmarks/decode_speed.py --models paper --num_prompts 10 100
 """
 
 import platform
@@ -19,11 +19,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
+import PARGS_baselines as decoding
 import torch
+from fast_attention import use_fast_attention
+from guides import CachedGuide, make_guide
+from make_posts import draw_test_post
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from reference import Reference, Step, assert_same_tokens
+from responses import begin_responses, cache_bytes, cut_into_waves
+from run_models import Precision, choose_dtype, fit_budget
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,51 +41,33 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     GPT2ForSequenceClassification,
-    HfArgumentParser,
     PreTrainedModel,
 )
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / folder) for folder in ("PARGS_decode", "tests", "demo")]
+from pargs.cli import fail, parse_settings, setting
+from pargs.models import Policy, RewardModel, load_policy, load_reward_model
+from pargs.prefixes import make_frame
+from pargs.processes import join_processes
+from pargs.runs import Method
 
-import PARGS_baselines as decoding  # noqa: E402
-from fast_attention import use_fast_attention  # noqa: E402
-from make_posts import draw_test_post  # noqa: E402
-from pair_frame import causal_frame, pair_frame  # noqa: E402
-from policy_loading import Policy, load_policy  # noqa: E402
-from reference import assert_same_tokens, reference_response  # noqa: E402
-from reward_scoring import (  # noqa: E402
-    CachedGuide,
-    RereadingGuide,
-    RewardModel,
-    encode_prompts,
-    load_reward_model,
-)
-
+DEMO_MODELS = Path(__file__).parents[1] / "demo/models"
 TEMPLATE = "POST: {post}\nTL;DR:"
+
+T = TypeVar("T")
 
 
 @dataclass
 class Settings:
-    models: str = field(
-        default="demo", metadata={"help": "Which models and prompt lengths.", "choices": ["demo", "paper"]}
-    )
-    guides: list[str] = field(
-        default_factory=lambda: ["encoder", "causal", "none"],
-        metadata={"help": "Reward models to measure with; none is plain TOP-K sampling."},
-    )
-    num_prompts: list[int] = field(
-        default_factory=lambda: [1, 10, 100], metadata={"help": "Prompts to decode, one table row each."}
-    )
-    reference_prompts: int = field(
-        default=2, metadata={"help": "Prompts that the plain loop decodes; 0 leaves it out."}
-    )
-    new_tokens: int = field(default=32, metadata={"help": "Tokens of each response."})
-    k: int = field(default=10, metadata={"help": "Candidates a step."})
-    dtype: str = field(default="auto", metadata={"help": "As in PARGS_baselines.py."})
-    fast_attention: bool = field(default=True, metadata={"help": "As in PARGS_baselines.py."})
-    token_budget: int = field(default=0, metadata={"help": "As in PARGS_baselines.py."})
-    cache_gb: float = field(default=8.0, metadata={"help": "As in PARGS_baselines.py."})
+    models: Literal["demo", "paper"] = setting("demo", "Which models and prompt lengths.")
+    guides: list[str] = setting(["encoder", "causal", "none"], "Reward models; none is plain TOP-K sampling.")
+    num_prompts: list[PositiveInt] = setting([1, 10, 100], "Prompts to decode, one table row each.")
+    reference_prompts: NonNegativeInt = setting(2, "Prompts that the plain loop decodes; 0 leaves it out.")
+    new_tokens: PositiveInt = setting(32, "Tokens of each response.")
+    k: PositiveInt = setting(10, "Candidates a step.")
+    dtype: Precision = setting("auto", "As in PARGS_baselines.py.")
+    fast_attention: bool = setting(True, "As in PARGS_baselines.py.")
+    token_budget: NonNegativeInt = setting(0, "As in PARGS_baselines.py.")
+    cache_gb: PositiveFloat = setting(8.0, "As in PARGS_baselines.py.")
 
 
 @dataclass
@@ -89,23 +81,33 @@ class Measured:
 # Models and prompts
 
 
-def demo_models(dtype: torch.dtype, device: torch.device, budget: int) -> tuple[Policy, dict]:
+def demo_models(
+    dtype: torch.dtype, device: torch.device, budget: int
+) -> tuple[Policy, dict[str, RewardModel]]:
     """The demo's policy and encoder, and a causal model of the policy's size."""
-    policy = load_policy(str(ROOT / "demo/models/summariser"), dtype, device)
-    name = str(ROOT / "demo/models/full-reward-model")
-    encoder = load_reward_model(name, dtype, device, budget, fast_attention=False)
-    config = GPT2Config.from_pretrained(ROOT / "demo/models/summariser", num_labels=1)
+    policy = load_policy(str(DEMO_MODELS / "summariser"), dtype, device)
+    encoder = load_reward_model(str(DEMO_MODELS / "full-reward-model"), dtype, device, budget)
+    config = GPT2Config.from_pretrained(DEMO_MODELS / "summariser", num_labels=1)
     return policy, {"encoder": encoder, "causal": causal_reward_model(policy, config, budget)}
 
 
-def paper_models(dtype: torch.dtype, device: torch.device, budget: int) -> tuple[Policy, dict]:
+def paper_models(
+    dtype: torch.dtype, device: torch.device, budget: int
+) -> tuple[Policy, dict[str, RewardModel]]:
     """The paper's sizes with random weights; the tokenizers are the demo's, of fewer ids."""
-    gpt2 = {"n_embd": 1280, "n_layer": 36, "n_head": 20, "vocab_size": 50257}
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/models/summariser")
+    gpt2: dict[str, Any] = {"n_embd": 1280, "n_layer": 36, "n_head": 20, "vocab_size": 50257}
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "summariser")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(GPT2Config(**gpt2), dtype=dtype).eval()
         # Only ids that the tokenizer can spell come up as candidates.
         model.transformer.wte.weight.data[len(tokenizer) :] = 0
+        of_v3: dict[str, Any] = {
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pooler_hidden_size": 1024,
+            "num_labels": 1,
+        }
         deberta = DebertaV2Config(
             vocab_size=128100,
             hidden_size=1024,
@@ -114,23 +116,19 @@ def paper_models(dtype: torch.dtype, device: torch.device, budget: int) -> tuple
             intermediate_size=4096,
             type_vocab_size=0,
             relative_attention=True,
-            position_buckets=256,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
             pos_att_type=["p2c", "c2p"],
             position_biased_input=False,
-            pooler_hidden_size=1024,
             pooler_hidden_act="gelu",
-            num_labels=1,
+            **of_v3,
         )
         encoder = AutoModelForSequenceClassification.from_config(deberta, dtype=dtype).eval()
 
-    policy = Policy(model, tokenizer, set(), 1024)
-    words = AutoTokenizer.from_pretrained(ROOT / "demo/models/full-reward-model")
-    encoder = RewardModel("encoder", encoder, words, pair_frame(words), False, 512, budget)
+    policy = Policy("policy", model, tokenizer, set(), 1024)
+    words = AutoTokenizer.from_pretrained(DEMO_MODELS / "full-reward-model")
+    frame = make_frame(words, causal=False)
     return policy, {
-        "encoder": encoder,
-        "causal": causal_reward_model(policy, GPT2Config(**gpt2, num_labels=1), budget),
+        "encoder": RewardModel("encoder", encoder, words, frame, False, 512, budget),
+        "causal": causal_reward_model(policy, GPT2Config(**{**gpt2, "num_labels": 1}), budget),
     }
 
 
@@ -138,8 +136,9 @@ def causal_reward_model(policy: Policy, config: GPT2Config, budget: int) -> Rewa
     """The policy's size and ids with random weights."""
     torch.manual_seed(0)
     with torch.device(policy.model.device):
-        model = GPT2ForSequenceClassification(config).to(policy.model.dtype).eval()
-    frame = causal_frame(policy.tokenizer)
+        model: Any = GPT2ForSequenceClassification(config)
+        model = model.to(policy.model.dtype).eval()
+    frame = make_frame(policy.tokenizer, causal=True)
     return RewardModel("causal", model, policy.tokenizer, frame, True, config.n_positions, budget)
 
 
@@ -155,7 +154,7 @@ def make_prompts(policy: Policy, count: int, models: str) -> list[str]:
             while len(ids) < length:
                 post += " " + draw_test_post(rng)[1]
                 ids = policy.tokenizer(post)["input_ids"]
-            post = policy.tokenizer.decode(ids[: int(length)])
+            post = str(policy.tokenizer.decode(ids[: int(length)]))
         prompts.append(TEMPLATE.replace("{post}", post))
     return prompts
 
@@ -164,41 +163,40 @@ def make_prompts(policy: Policy, count: int, models: str) -> list[str]:
 
 
 @contextmanager
-def counting_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collect how many tokens, padding left out, each forward pass inside reads."""
+def counting_tokens(model: PreTrainedModel | None) -> Iterator[list[torch.Tensor]]:
+    """Collect how many tokens, padding left out, each forward pass inside reads; none without a model."""
     counts: list[torch.Tensor] = []
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         input_ids = args[0] if args else kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
-        padded = mask is not None and mask.shape == input_ids.shape
-        counts.append(mask.sum() if padded else torch.tensor(input_ids.numel()))
+        if mask is not None and mask.shape == input_ids.shape:
+            counts.append(mask.sum())
+        else:
+            counts.append(torch.tensor(input_ids.numel()))
 
-    hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True) if model else None
     try:
         yield counts
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
 
 
-def measure(work: Callable[[], None], policy: Policy, reward_model: RewardModel | None) -> Measured:
-    """Seconds, peak memory (of the GPU, or of the process) and tokens read by `work`."""
-    device = policy.model.device
+def measure(
+    work: Callable[[], list[T]], policy: Policy, reward_model: RewardModel | None
+) -> tuple[list[T], Measured]:
+    """What `work` gives; its seconds, peak memory (of the GPU, or of the process) and tokens read."""
+    device, guide = policy.model.device, reward_model.model if reward_model else None
     reset_peak_memory(device)
-    judge = reward_model.model if reward_model else torch.nn.Identity()
-    started = time.perf_counter()
-    with counting_tokens(policy.model) as policy_counts:
-        if reward_model:
-            with counting_tokens(judge) as reward_counts:
-                work()
-        else:
-            reward_counts = []
-            work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    totals = [sum(count.item() for count in counts) for counts in (policy_counts, reward_counts)]
-    return Measured(seconds, peak_memory(device), *totals)
+    with counting_tokens(policy.model) as policy_counts, counting_tokens(guide) as reward_counts:
+        started = time.perf_counter()
+        done = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    totals = [sum(int(count) for count in counts) for counts in (policy_counts, reward_counts)]
+    return done, Measured(seconds, peak_memory(device), *totals)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -224,7 +222,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     for _ in range(3):
         started = time.perf_counter()
         for _ in range(repeats):
-            matrix @ matrix
+            _ = matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
@@ -245,36 +243,31 @@ def decode_fast(
     policy: Policy, reward_model: RewardModel | None, prompts: list[str], settings: Settings
 ) -> list[list[int]]:
     """Greedy guided responses, or sampled ones without a guide, by the path that PARGS_baselines.py takes."""
-    how = decoding.Settings(k=settings.k, max_new_tokens=settings.new_tokens, cache_gb=settings.cache_gb)
-    method, guide = ("ARGS", make_guide(reward_model, policy, how)) if reward_model else ("TOP-K", None)
-    encoded = encode_prompts(policy.tokenizer, prompts, TEMPLATE)
-    rows = [decoding.Row(prompt, ids, 0) for prompt, ids in zip(prompts, encoded, strict=True)]
-    for wave in decoding.waves(rows, 1, policy, guide, how):
-        for _ in decoding.decode_wave(policy, wave, 1, how, method, guide):
+    limit = settings.new_tokens
+    method = (
+        Method(policy=policy.name, weight=1.0, greedy=True) if reward_model else Method(policy=policy.name)
+    )
+    guide = make_guide(reward_model, policy, TEMPLATE, limit) if reward_model else None
+    token_bytes = cache_bytes(policy.model)
+    if reward_model and isinstance(guide, CachedGuide):
+        token_bytes += cache_bytes(reward_model.model)
+
+    run = decoding.Settings(k=settings.k, max_new_tokens=limit)
+    responses = begin_responses(policy, prompts, TEMPLATE, 1, limit, "benchmark")
+    for wave in cut_into_waves(responses, 1, limit, token_bytes, settings.cache_gb):
+        for _ in decoding.decode_wave("TOP-K", method, policy, guide, wave, run):
             pass
-    return [row.ids for row in rows]
-
-
-def make_guide(
-    reward_model: RewardModel, policy: Policy, how: decoding.Settings
-) -> RereadingGuide | CachedGuide:
-    reserved = how.max_new_tokens + 1
-    if reward_model.causal:
-        return CachedGuide(reward_model, policy.eos_ids, TEMPLATE, reserved)
-    return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, TEMPLATE, reserved)
+    return [response.ids for response in responses]
 
 
 def decode_plainly(
     policy: Policy, reward_model: RewardModel | None, prompts: list[str], settings: Settings
-) -> list[list]:
-    guided = {}
+) -> list[list[Step]]:
+    """The same responses by the plain loop."""
+    plain = Reference(policy.model, policy.tokenizer)
     if reward_model:
-        guided = {
-            "reward_model": reward_model.model,
-            "reward_tokenizer": reward_model.tokenizer,
-            "causal": reward_model.causal,
-            "weight": 1.0,
-        }
+        plain.reward_model, plain.reward_tokenizer = reward_model.model, reward_model.tokenizer
+        plain.causal = reward_model.causal
 
     responses = []
     for prompt in prompts:
@@ -282,19 +275,8 @@ def decode_plainly(
         def uniforms(step: int, prompt: str = prompt) -> float:
             return decoding.uniform(decoding.Settings.seed, "TOP-K", prompt, 0, step)
 
-        sampled = {} if reward_model else {"uniforms": uniforms}
-        responses.append(
-            reference_response(
-                policy.model,
-                policy.tokenizer,
-                prompt,
-                settings.k,
-                settings.new_tokens,
-                eos=None,
-                **guided,
-                **sampled,
-            )
-        )
+        weight, drawn = (1.0, None) if reward_model else (0.0, uniforms)
+        responses.append(plain.write(prompt, settings.k, settings.new_tokens, weight, drawn))
     return responses
 
 
@@ -331,42 +313,33 @@ def measure_guide(
     table, seconds, plain = [], None, []
     if settings.reference_prompts:
         few = prompts[: settings.reference_prompts]
-        measured = measure(
-            lambda: plain.extend(decode_plainly(policy, reward_model, few, settings)), policy, reward_model
-        )
+        work = partial(decode_plainly, policy, reward_model, few, settings)
+        plain, measured = measure(work, policy, reward_model)
         seconds = measured.seconds / len(few)
         table.append(row("plain loop", len(few), measured, seconds))
 
+    written = []
     for count in settings.num_prompts:
-        written: list[list[int]] = []
-        measured = measure(
-            lambda count=count, written=written: written.extend(
-                decode_fast(policy, reward_model, prompts[:count], settings)
-            ),
-            policy,
-            reward_model,
-        )
+        work = partial(decode_fast, policy, reward_model, prompts[:count], settings)
+        written, measured = measure(work, policy, reward_model)
         table.append(row("fast path", count, measured, seconds))
         print(f"{name}: {count} prompts in {measured.seconds:.1f} s", file=sys.stderr)
 
     if plain and policy.model.dtype == torch.float32:
-        compared = sum(
-            assert_same_tokens(steps, ids, None, finished=False)
-            for steps, ids in zip(plain, written, strict=False)
-        )
+        pairs = zip(plain, written, strict=False)
+        compared = sum(assert_same_tokens(steps, ids, None, finished=False) for steps, ids in pairs)
         print(f"{name}: {compared} tokens of the plain loop compared, the fast path wrote the same")
     return table
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = decoding.choose_dtype(settings.dtype, device)
-    budget = decoding.choose_token_budget(settings, device)
-
+    settings = parse_settings(Settings, __doc__)
+    device = join_processes().device
+    dtype, budget = choose_dtype(settings.dtype, device), settings.token_budget or fit_budget(device)
     make_models = {"demo": demo_models, "paper": paper_models}[settings.models]
     policy, reward_models = make_models(dtype, device, budget)
+    if unknown := {*settings.guides} - {*reward_models, "none"}:
+        fail(f"--guides knows {', '.join(reward_models)} and none, not {', '.join(sorted(unknown))}")
     used = use_fast_attention(reward_models["encoder"].model) if settings.fast_attention else None
     policy.eos_ids.clear()
     prompts = make_prompts(policy, max(*settings.num_prompts, settings.reference_prompts), settings.models)

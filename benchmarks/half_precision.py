@@ -6,51 +6,46 @@ Writes  a table, to standard output.
 Each response is compared with the float32 one up to the first token that differs: after it, the two have
 read different texts.
 
-    python benchmarks/half_precision.py
+    PYTHONPATH=PARGS_decode:demo python benchmarks/half_precision.py
 """
 
 import random
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from transformers import HfArgumentParser
+import PARGS_baselines as decoding
+from make_posts import draw_test_post
+from prompts import read_own_prompts
+from pydantic import PositiveInt
+from responses import Response
+from run_models import Precision
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / folder) for folder in ("PARGS_decode", "demo")]
+from pargs.cli import parse_settings, setting
 
-import PARGS_baselines as decoding  # noqa: E402
-from make_posts import draw_test_post  # noqa: E402
-
+DEMO_MODELS = Path(__file__).parents[1] / "demo/models"
 TEMPLATE = "POST: {post}\nTL;DR:"
 
 
 @dataclass
 class Settings:
-    policy: str = field(default=str(ROOT / "demo/models/summariser"), metadata={"help": "The policy."})
-    reward_model: str = field(
-        default=str(ROOT / "demo/models/full-reward-model"), metadata={"help": "The guide."}
-    )
-    prompts: str | None = field(
-        default=None, metadata={"help": "A file of lines with a prompt each, as PARGS_baselines.py reads it."}
-    )
-    num_prompts: int = field(default=50, metadata={"help": "How many of them."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest response in tokens."})
-    k: int = field(default=10, metadata={"help": "Candidates a step."})
-    dtypes: list[str] = field(
-        default_factory=lambda: ["bfloat16", "float16"], metadata={"help": "Precisions beside float32."}
-    )
+    policy: str = setting(str(DEMO_MODELS / "summariser"), "The policy.")
+    reward_model: str = setting(str(DEMO_MODELS / "full-reward-model"), "The guide.")
+    prompts: str | None = setting(None, "A file of lines with a prompt each, as PARGS_baselines.py reads it.")
+    num_prompts: PositiveInt = setting(50, "How many of them.")
+    max_new_tokens: PositiveInt = setting(32, "Longest response in tokens.")
+    k: PositiveInt = setting(10, "Candidates a step.")
+    dtypes: list[Precision] = setting(["bfloat16", "float16"], "Precisions beside float32.")
 
 
 def read_prompts(settings: Settings) -> list[str]:
     if settings.prompts:
-        return decoding.read_own_prompts(settings.prompts)[0][: settings.num_prompts]
+        return read_own_prompts(settings.prompts)[0][: settings.num_prompts]
     rng = random.Random("half precision")
     return [TEMPLATE.replace("{post}", draw_test_post(rng)[1]) for _ in range(settings.num_prompts)]
 
 
-def compare(exact: decoding.Row, other: decoding.Row) -> tuple[int, bool, list[float]]:
+def compare(exact: Response, other: Response) -> tuple[int, bool, list[float]]:
     """Steps compared, whether one differed, and how far the rewards of the same candidates moved."""
     moved: list[float] = []
     for at, (ours, theirs) in enumerate(zip(exact.steps, other.steps, strict=False), start=1):
@@ -62,26 +57,27 @@ def compare(exact: decoding.Row, other: decoding.Row) -> tuple[int, bool, list[f
     return len(exact.steps), False, moved
 
 
-def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__.splitlines()[0])
-    (settings,) = parser.parse_args_into_dataclasses()
-    prompts = read_prompts(settings)
+def decode(prompts: list[str], dtype: Precision, settings: Settings) -> list[Response]:
+    run = decoding.Settings(
+        policy=settings.policy,
+        full_reward_model=settings.reward_model,
+        k=settings.k,
+        max_new_tokens=settings.max_new_tokens,
+        trace=True,
+        dtype=dtype,
+    )
+    return decoding.decode_method("ARGS", prompts, TEMPLATE, run).responses
 
-    rows = {}
-    for dtype in ("float32", *settings.dtypes):
-        how = decoding.Settings(
-            policy=settings.policy,
-            full_reward_model=settings.reward_model,
-            k=settings.k,
-            max_new_tokens=settings.max_new_tokens,
-            trace=True,
-            dtype=dtype,
-        )
-        rows[dtype], _ = decoding.decode_method("ARGS", prompts, TEMPLATE, how)
+
+def main() -> None:
+    settings = parse_settings(Settings, __doc__)
+    prompts = read_prompts(settings)
+    exact = decode(prompts, "float32", settings)
 
     table = []
     for dtype in settings.dtypes:
-        compared = [compare(*pair) for pair in zip(rows["float32"], rows[dtype], strict=True)]
+        others = decode(prompts, dtype, settings)
+        compared = [compare(*pair) for pair in zip(exact, others, strict=True)]
         moved = pd.Series([move for *_, moves in compared for move in moves])
         steps, differing = sum(steps for steps, *_ in compared), sum(differs for _, differs, _ in compared)
         table.append(

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +24,8 @@ import pyarrow.parquet as parquet
 import themes as world
 from quality import split_words, stem, true_quality
 from tqdm import tqdm
-from transformers import HfArgumentParser
+
+from pargs.cli import SettingsParser
 
 ROLES = sorted({r for theme in world.THEMES.values() for r in theme["people"]} | set(world.BYSTANDERS))
 DEFECTS = ("event", "people", "question", "invention", "repetition", "brevity")
@@ -269,7 +269,7 @@ def draw_comparison(rng: random.Random, split: str, index: int, label_noise: flo
     post = write_post(rng, story)
     facts = facts_of(story, post)
 
-    gap = 0.0
+    gap, texts = 0.0, []
     while abs(gap) < TIE:
         texts = [draw_summary(rng, story) for _ in range(2)]
         totals = [true_quality(text, facts)["total"] for text in texts]
@@ -327,11 +327,11 @@ def write_dataset(out: Path, name: str, config: str, splits: dict[str, pa.Table]
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = SettingsParser(Settings, __doc__)
     parser.add_argument(
         "out_dir", type=Path, metavar="OUT_DIR", help="The folder to write; made if not there."
     )
-    settings, arguments = parser.parse_args_into_dataclasses()
+    settings, arguments = parser.parse()
     out = arguments.out_dir
     if out.exists() and not out.is_dir():
         fail(f"{out} is a file; name a folder: python demo/make_posts.py OUT_DIR")

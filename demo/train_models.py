@@ -18,11 +18,10 @@ import re
 import shutil
 import sys
 import tempfile
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -44,7 +43,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Tokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -52,6 +50,8 @@ from transformers import (
     set_seed,
 )
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+
+from pargs.cli import parse_settings
 
 MODELS = {
     "summariser": AutoModelForCausalLM,
@@ -69,7 +69,7 @@ ON_CPU = {
 }
 
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Loaded = tuple[Any, PreTrainedTokenizerBase]  # a model and its tokenizer
 
 
 @dataclass
@@ -135,7 +135,7 @@ def train_bpe_tokenizer(texts: list[str], vocabulary: int) -> GPT2Tokenizer:
         texts, vocab_size=vocabulary, special_tokens=["<|endoftext|>"], show_progress=False
     )
     model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     return GPT2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=256)
 
 
@@ -160,7 +160,7 @@ def as_pieces(text: str) -> str:
 
 def train_summariser(settings: Settings, rows: list[dict], work: Path) -> Loaded:
     tokenizer = train_bpe_tokenizer(all_text(rows), settings.vocabulary)
-    eos = tokenizer.eos_token_id
+    eos: Any = tokenizer.eos_token_id
     policy = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -240,6 +240,13 @@ def train_encoder(
 
 def train_reward_model(settings: Settings, rows: list[dict], validation: list[dict], work: Path) -> Loaded:
     tokenizer = train_unigram_tokenizer(all_text(rows), settings.vocabulary)
+    of_v3: dict[str, Any] = {
+        "position_buckets": 64,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "num_labels": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = DebertaV2Config(
         vocab_size=len(tokenizer),
         num_hidden_layers=settings.layers,
@@ -248,23 +255,19 @@ def train_reward_model(settings: Settings, rows: list[dict], validation: list[di
         num_attention_heads=settings.heads,
         max_position_embeddings=512,
         relative_attention=True,
-        position_buckets=64,
         max_relative_positions=-1,
         pos_att_type=["p2c", "c2p"],
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
         position_biased_input=False,
         type_vocab_size=0,
         layer_norm_eps=1e-7,
         initializer_range=settings.width**-0.5,  # 0.02 suits wide models
-        pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pooler_dropout=0.0,
         dtype="float32",
+        **of_v3,
     )
-    reward_model = DebertaV2ForSequenceClassification(config)
+    reward_model: Any = DebertaV2ForSequenceClassification(config)
     reward_model.deberta = train_encoder(settings, config, tokenizer, rows, work)
 
     # TRL would append EOS to text and encode no pairs: it is handed the ids that the pair encoding gives.
@@ -309,7 +312,7 @@ def train_rl_summariser(
 ) -> Loaded:
     policy, tokenizer = summariser
 
-    def reward_of(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+    def reward_of(prompts: list, completions: list, **_: Any) -> Any:
         return score(reward, prompts, completions)
 
     config = RLOOConfig(
@@ -407,8 +410,7 @@ def report(validation: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    (settings,) = parser.parse_args_into_dataclasses()
+    settings = parse_settings(Settings, __doc__)
     unknown = set(settings.train) - set(MODELS)
     if unknown:
         fail(f"--train knows {', '.join(MODELS)}, not {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""Judge what each method wrote by the true quality of the demo's world, beside its reward.
+"""Score what each method wrote by the true quality of the demo's world, beside its reward.
 
 Reads, in the current directory, demo_facts.json (from make_posts.py), baseline_results.csv and
 generation_*.json (from stage 4) and, for the references' row, the test split of summarize_from_feedback/
@@ -8,88 +8,35 @@ generation_*.json (from stage 4) and, for the references' row, the test split of
 """
 
 import json
-import os
-import sys
-from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 from quality import WEIGHTS, true_quality
-from transformers import HfArgumentParser
 
-DECODE = "python PARGS_decode/PARGS_baselines.py"
+from pargs.cli import fail, parse_settings, setting
+from pargs.files import DECODE, MAKE_PAIRS, read_dataset, write_whole
+from pargs.runs import REFERENCE, REWARDS, generation_path, read_generations, read_rewards
+
+MAKE_FACTS = "python demo/make_posts.py ."
 
 
 @dataclass
 class Settings:
-    facts: Path = field(default=Path("demo_facts.json"), metadata={"help": "Facts of the posts."})
-    rewards: Path = field(default=Path("baseline_results.csv"), metadata={"help": "Rewards of every method."})
-    dataset: Path = field(default=Path("summarize_from_feedback"), metadata={"help": "Holds the references."})
-    output: Path = field(default=Path("true_quality.csv"), metadata={"help": "Where the table goes."})
+    facts: str = setting("demo_facts.json", "Facts of the posts.")
+    rewards: str = setting(REWARDS, "Rewards of every method.")
+    dataset: str = setting("summarize_from_feedback", "Holds the references.")
+    output: str = setting("true_quality.csv", "Where the table goes.")
 
 
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_json(path: Path, command: str) -> object:
-    if not path.is_file():
-        fail(f"{path} is missing; make it with: {command}")
+def read_facts(path: str) -> dict[str, dict]:
+    """The facts of each post of the world."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as problem:
-        fail(f"{path} is not JSON ({problem}); make it again with: {command}")
-
-
-def read_rewards(path: Path) -> pd.DataFrame:
-    """A row per prompt, a column of rewards per method and for the reference."""
-    if not path.is_file():
-        fail(f"{path} is missing; make it with: {DECODE}")
-    try:
-        rewards = pd.read_csv(path)
-    except ValueError as problem:
-        fail(f"{path} is no table ({problem}); make it again with: {DECODE}")
-
-    methods = [column for column in rewards.columns if column != "prompt"]
-    if "prompt" not in rewards.columns or not methods or rewards.empty:
-        fail(f"{path} needs a prompt column, a column per method and rows; make it again with: {DECODE}")
-    if not all(pd.api.types.is_numeric_dtype(rewards[method]) for method in methods):
-        fail(f"{path} has a reward that is no number; make it again with: {DECODE}")
-
-    return rewards
-
-
-def read_responses(method: str, rewards: pd.DataFrame) -> list[str]:
-    """What the method wrote for the prompts of `rewards`, in their order."""
-    path = Path(f"generation_{method.lower().replace('-', '_')}.json")
-    rows = read_json(path, DECODE)
-    whole = isinstance(rows, list) and all(
-        isinstance(r, dict) and {"prompt", "result"} <= set(r) for r in rows
-    )
-    if not whole:
-        fail(f"{path} is no list of prompts and results; make it again with: {DECODE}")
-    if [row["prompt"] for row in rows] != list(rewards["prompt"]):
-        fail(f"{path} is of other prompts than the table of rewards; make both again with: {DECODE}")
-
-    return [row["result"] for row in rows]
-
-
-def read_references(dataset: Path, rewards: pd.DataFrame) -> list[str] | None:
-    """The reference summaries of the prompts; None where stage 1's output is not here."""
-    if not (dataset / "test").is_dir():
-        return None
-
-    from datasets import load_from_disk
-
-    test = load_from_disk(str(dataset / "test"))
-    references = dict(zip(test["prompt"], test["reference"], strict=True))
-    if not set(rewards["prompt"]) <= set(references):
-        fail(f"{dataset} holds other prompts than the table of rewards; decode again with: {DECODE}")
-
-    return [references[prompt] for prompt in rewards["prompt"]]
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} is missing; make it with `{MAKE_FACTS}`")
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path} ({error}); make it again with `{MAKE_FACTS}`")
 
 
 def facts_of_prompts(facts: dict[str, dict], prompts: list[str]) -> list[dict]:
@@ -101,16 +48,41 @@ def facts_of_prompts(facts: dict[str, dict], prompts: list[str]) -> list[dict]:
                 f"prompt {row} of the rewards is no post of demo_facts.json; both must come from one "
                 "run of python demo/make_posts.py, and the prompts from the default template"
             )
-
     return [facts[post] for post in posts]
 
 
-def judge(responses: list[str], facts: list[dict], rewards: pd.Series) -> dict[str, float]:
-    """One row of the table: means over the prompts, and the standard error of the mean quality."""
-    qualities = pd.DataFrame(true_quality(text, known) for text, known in zip(responses, facts, strict=True))
+def read_responses(method: str, prompts: list[str]) -> list[str]:
+    """What the method wrote for the prompts, in their order."""
+    path = generation_path(method)
+    generations = read_generations(path)
+    if [generation.prompt for generation in generations] != prompts:
+        fail(f"{path} is of other prompts than the table of rewards; make both again with `{DECODE}`")
+    return [generation.result for generation in generations]
+
+
+def read_references(dataset: str, prompts: list[str]) -> list[str] | None:
+    """The reference summaries of the prompts; None where stage 1's output is not here."""
+    if not Path(dataset).is_dir():
+        return None
+    test = read_dataset(dataset, {"test": ["prompt", "reference"]}, MAKE_PAIRS)[0]["test"]
+    references = dict(zip(test["prompt"], test["reference"], strict=True))
+    if not set(prompts) <= set(references):
+        fail(f"{dataset} holds other prompts than the table of rewards; decode again with `{DECODE}`")
+    return [references[prompt] for prompt in prompts]
+
+
+def mean_quality(
+    responses: list[str], facts: list[dict], rewards: pd.Series, prompts: list[str]
+) -> dict[str, float]:
+    """One row of the table: means over the prompts, and the standard error of the mean quality.
+
+    A prompt that comes twice counts once, with its mean.
+    """
+    rows = pd.DataFrame(true_quality(text, known) for text, known in zip(responses, facts, strict=True))
+    qualities = rows.assign(reward=rewards).groupby(prompts, sort=False).mean()
     row = {
         "n": len(qualities),
-        "reward": rewards.mean(),
+        "reward": qualities["reward"].mean(),
         "true_quality": qualities["total"].mean(),
         "standard_error": qualities["total"].sem(),
     }
@@ -118,31 +90,25 @@ def judge(responses: list[str], facts: list[dict], rewards: pd.Series) -> dict[s
 
 
 def main() -> None:
-    parser = HfArgumentParser(Settings, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    (settings,) = parser.parse_args_into_dataclasses()
-
-    facts = read_json(Path(settings.facts), "python demo/make_posts.py .")
+    settings = parse_settings(Settings, __doc__)
+    facts = read_facts(settings.facts)
     rewards = read_rewards(Path(settings.rewards))
-    known = facts_of_prompts(facts, list(rewards["prompt"]))
+    prompts = list(rewards["prompt"])
+    known = facts_of_prompts(facts, prompts)
 
     rows = {}
     for method in rewards.columns.drop("prompt"):
-        if method == "reference":
-            responses = read_references(Path(settings.dataset), rewards)
+        if method == REFERENCE:
+            responses = read_references(settings.dataset, prompts)
         else:
-            responses = read_responses(method, rewards)
-
+            responses = read_responses(method, prompts)
         if responses is not None:
-            rows[method] = judge(responses, known, rewards[method])
+            rows[method] = mean_quality(responses, known, rewards[method], prompts)
 
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     print(table.round(3).to_string())
-
-    output = Path(settings.output)
-    temporary = output.with_name(output.name + ".tmp")
-    table.to_csv(temporary)
-    os.replace(temporary, output)
-    print(f"wrote {output}; what each quality means: demo/quality.py")
+    write_whole(Path(settings.output), table.to_csv)
+    print(f"wrote {settings.output}; what each quality means: demo/quality.py")
 
 
 if __name__ == "__main__":

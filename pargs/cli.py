@@ -56,11 +56,15 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class SettingsParser(HfArgumentParser, Generic[T]):
     """The flags of a settings dataclass, and whatever `add_argument` adds."""
 
-    def __init__(self, kind: type[T], description: str):
+    def __init__(self, kind: type[T], description: str | None):
         super().__init__(kind, description=description, formatter_class=HelpFormatter)  # type: ignore
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        if is_main():
+            super().print_help(file)
 
     def parse(self) -> tuple[T, Namespace]:
         """The settings, and the arguments that were added."""
@@ -71,7 +75,7 @@ class SettingsParser(HfArgumentParser, Generic[T]):
         return settings, others[0] if others else Namespace()
 
 
-def parse_settings(kind: type[T], description: str) -> T:
+def parse_settings(kind: type[T], description: str | None) -> T:
     """The settings dataclass with the flags that were given."""
     return SettingsParser(kind, description).parse()[0]
 

@@ -5,8 +5,12 @@ prompt template itself are live.
 """
 
 import re
+from functools import partial
+from typing import cast
 
 from transformers import PreTrainedTokenizerFast
+
+TEMPLATE_FIELDS = ("subreddit", "title", "post")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
@@ -17,7 +21,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
     backend.encode_special_tokens = True
     try:
         encoded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        special_ids = {token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id}
         for at, ids in enumerate(encoded):
             if not special_ids.isdisjoint(ids):
                 encoded[at] = encode_cut(tokenizer, texts[at], special_ids)
@@ -62,15 +66,26 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str], templ
 
 def live_pieces(tokenizer: PreTrainedTokenizerFast, prompt: str, template: str) -> list[str]:
     """Split a prompt into text, live special token, text, ...: an odd number of pieces, most often one."""
-    head, _, tail = template.partition("{post}")
-    if not (tokenizer.all_special_tokens and prompt.startswith(head) and prompt.endswith(tail)):
+    own_words = template_words(template)
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    if not special or not any(re.search(special, words) for words in own_words):
+        return [prompt]
+    filled = re.fullmatch("(.*?)".join(map(re.escape, own_words)), prompt, re.DOTALL)
+    if filled is None:
         return [prompt]
 
-    special = re.compile("(" + "|".join(map(re.escape, tokenizer.all_special_tokens)) + ")")
-    post = prompt[len(head) : len(prompt) - len(tail)]
-    *before, last = special.split(head)
-    first, *after = special.split(tail)
-    return [*before, last + post + first, *after]
+    pieces = [""]
+    for words, value in zip(own_words, (*filled.groups(), ""), strict=True):
+        first, *others = re.split(f"({special})", words)
+        pieces[-1] += first
+        pieces += others
+        pieces[-1] += value
+    return pieces
+
+
+def template_words(template: str) -> list[str]:
+    """What a prompt template says itself: before, between and behind its fields."""
+    return re.split("|".join(re.escape(f"{{{name}}}") for name in TEMPLATE_FIELDS), template)
 
 
 def encode_responses(
@@ -95,6 +110,20 @@ def start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return encoded["input_ids"][: encoded.sequence_ids(0).index(0)]
 
 
+def eos_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that ends a response, of a tokenizer that is known to have one."""
+    return cast(int, tokenizer.eos_token_id)
+
+
 def decode_texts(tokenizer: PreTrainedTokenizerFast, sequences: list[list[int]]) -> list[str]:
-    """Text of each sequence of ids, special tokens left out, spaces as they are."""
-    return tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=True)
+    """Text of each sequence of ids as it stands behind a prompt, special tokens left out.
+
+    Decoders of SentencePiece's kind drop the space that a text begins with, so theirs are decoded behind a
+    word, which is then taken off.
+    """
+    decode = partial(tokenizer.backend_tokenizer.decode_batch, skip_special_tokens=True)
+    (word, two_words) = encode_texts(tokenizer, ["a", "a a"])
+    if decode([two_words[len(word) :]]) == [" a"]:
+        return decode(sequences)
+    (before,) = decode([word])
+    return [text[len(before) :] for text in decode([word + ids for ids in sequences])]

@@ -2,18 +2,20 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,9 +27,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from pargs.cli import fail, warn
+from pargs.encoding import encode_prompts, start_ids
+from pargs.files import MAKE_PAIRS
 from pargs.prefixes import PairFrame, make_frame
 
 # What the files of a model raise where they are missing, cut short, foreign, or need a package.
@@ -81,11 +85,15 @@ class RewardModel:
 
 @contextmanager
 def loading(what: str, hint: str = "") -> Iterator[None]:
-    """Exit with one line where a library cannot load what is loaded inside."""
+    """Exit with one line where a library cannot load what is loaded inside; its warnings are not shown."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except MODEL_ERRORS as error:
         fail(f"cannot load {what}: {why(error).rstrip('. ')}" + (f"; {hint}" if hint else ""))
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def why(error: BaseException) -> str:
@@ -119,8 +127,22 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 def longest_input(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens that a model can read, from its positions and its tokenizer (which may not know: 1e30)."""
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    names = ("max_position_embeddings", "max_seq_len")
+    positions = next(filter(None, (getattr(config, name, None) for name in names)), sys.maxsize)
+    if not is_causal(config):
+        positions -= unused_positions(config)
     return min(positions, int(min(tokenizer.model_max_length, sys.maxsize)))
+
+
+def unused_positions(config: PreTrainedConfig) -> int:
+    """Positions that RoBERTa and its kin never give to a token: theirs begin behind the padding's id."""
+    with torch.device("meta"):  # the shapes alone
+        model = AutoModel.from_config(config)
+    tables = {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
+    }
+    reserved = [table.padding_idx for name, table in tables.items() if "position" in name]
+    return max((padding_id + 1 for padding_id in reserved if padding_id is not None), default=0)
 
 
 def check_one_label(name: str, config: PreTrainedConfig) -> None:
@@ -128,9 +150,13 @@ def check_one_label(name: str, config: PreTrainedConfig) -> None:
         fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
 
 
-def check_causal_reward_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_eos(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {name!r} has no EOS, which ends a response of a causal reward model")
+        fail(f"the tokenizer of {name!r} has no EOS, which ends a response of a decoder-only model")
+
+
+def check_causal_reward_model(name: str, model: object, tokenizer: PreTrainedTokenizerFast) -> None:
+    check_eos(name, tokenizer)
     if not hasattr(model, "score"):
         fail(f"{name!r} ({type(model).__name__}) has no `score` head over all tokens")
 
@@ -176,22 +202,72 @@ def load_policy(
     `device_map` spreads it over all devices instead of `device`. The last policy is kept.
     """
     tokenizer = load_tokenizer(name)
-    spread = {"device_map": device_map} if device_map else {}
-    with loading(f"the policy {name!r}"):
-        if Path(name, "adapter_config.json").exists():
-            # Merged in full precision, so that nothing of a small update is rounded away.
-            adapted = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **spread)
-            check_adapter(adapted, name)
-            model = adapted.merge_and_unload().to(dtype)
-        else:
-            warn_of_pickle(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
+    spread: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if Path(name, "adapter_config.json").exists():
+        with loading(f"the policy {name!r}"):
+            base = PeftConfig.from_pretrained(name).base_model_name_or_path or ""
+        # Merged in full precision, so that nothing of a small update is rounded away.
+        model = load_language_model(base, torch.float32, spread)
+        with loading(f"the policy {name!r}"):
+            adapted = PeftModel.from_pretrained(model, name)
+        check_adapter(adapted, name)
+        model = adapted.merge_and_unload().to(dtype)
+    else:
+        model = load_language_model(name, dtype, spread)
 
     eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    eos_ids = {token for token in ends if isinstance(token, int)}  # either may be None
     if not device_map:
         model = copy_weights(model).to(device)
-    return Policy(name, model.eval(), tokenizer, eos_ids - {None}, longest_input(model.config, tokenizer))
+    return Policy(name, model.eval(), tokenizer, eos_ids, longest_input(model.config, tokenizer))
+
+
+def encode_for_policy(
+    policy: Policy, prompts: list[str], template: str, max_new_tokens: int
+) -> tuple[list[list[int]], int]:
+    """Ids of each prompt as the policy reads it, and how many of them lost their beginning to fit.
+
+    Room is kept for `max_new_tokens`; exits where that leaves none for a prompt.
+    """
+    start, room = start_ids(policy.tokenizer), policy.max_length - max_new_tokens
+    room -= len(start)
+    if room <= 0:
+        fail(f"{policy.name!r} reads {policy.max_length} tokens: no prompt fits beside --max_new_tokens")
+    encoded = encode_prompts(policy.tokenizer, prompts, template)
+    return [start + ids[-room:] for ids in encoded], sum(len(ids) > room for ids in encoded)
+
+
+def warn_of_unused_separator(name: str, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """A policy whose tokenizer was given a separator was probably tuned on prompts that hold it."""
+    for token in tokenizer.get_added_vocab():
+        if token.strip("<>[]|").lower() == "sep" and token not in template:
+            warn(
+                f"the tokenizer of {name!r} has a {token!r}, which the prompt template does not use: "
+                f"look at the model card for its prompt, and give it to `{MAKE_PAIRS} --template`"
+            )
+
+
+def load_language_model(name: str, dtype: torch.dtype, spread: dict[str, Any]) -> Any:
+    """A causal language model, all of whose weights are in its files; what is there beside them is said."""
+    warn_of_pickle(name)
+    with loading(f"the policy {name!r}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **spread
+        )
+    model, found = loaded
+    if found["missing_keys"]:
+        fail(f"{name!r} is no whole policy: it has no weights for {first_few(found['missing_keys'])}")
+    if found["unexpected_keys"]:
+        warn(f"{name!r} has weights that no language model uses: {first_few(found['unexpected_keys'])}")
+    if model._is_stateful:
+        fail(f"{name!r} ({type(model).__name__}) keeps a state and no key-value cache, which decoding needs")
+    return model
+
+
+def first_few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def check_adapter(adapted: PeftModel, name: str) -> None:
@@ -205,7 +281,7 @@ def check_adapter(adapted: PeftModel, name: str) -> None:
         )
 
 
-def copy_weights(model: PreTrainedModel) -> PreTrainedModel:
+def copy_weights(model: Any) -> Any:
     """Move the weights from the file that they are mapped from into aligned memory, in place.
 
     On a CPU, where the map happens to lie decides the last bits of every product; they differed by launch.

@@ -8,7 +8,7 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerFast
 
-from pargs.encoding import encode_responses, encode_texts, start_ids
+from pargs.encoding import encode_responses, encode_texts, eos_id, start_ids
 
 
 @dataclass
@@ -57,10 +57,18 @@ def make_frame(tokenizer: PreTrainedTokenizerFast, causal: bool) -> PairFrame:
 
     prompt = [at for at, source in enumerate(sources) if source == 0]
     response = [at for at, source in enumerate(sources) if source == 1]
-    cuts = slice(0, prompt[0]), slice(prompt[-1] + 1, response[0]), slice(response[-1] + 1, None)
+    start, middle, end = (
+        slice(0, prompt[0]),
+        slice(prompt[-1] + 1, response[0]),
+        slice(response[-1] + 1, None),
+    )
     return PairFrame(
-        *(ids[cut] for cut in cuts),
-        *(segments[cut] for cut in cuts),
+        ids[start],
+        ids[middle],
+        ids[end],
+        segments[start],
+        segments[middle],
+        segments[end],
         segments[prompt[0]],
         segments[response[0]],
     )
@@ -91,7 +99,7 @@ def encode_with_prefixes(
     """
     if causal:
         encoded = encode_responses(tokenizer, prompts, responses)
-        return [EncodedResponse([*ids, tokenizer.eos_token_id], {}) for ids in encoded]
+        return [EncodedResponse([*ids, eos_id(tokenizer)], {}) for ids in encoded]
 
     encoded = encode_texts(tokenizer, responses)
     texts = [prefix_texts(tokenizer, response, ids) for response, ids in zip(responses, encoded, strict=True)]
@@ -118,9 +126,11 @@ def prefix_texts(tokenizer: PreTrainedTokenizerFast, response: str, ids: list[in
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         # A decoded unknown token would be spelt "[UNK]"; the policy writes the character itself.
         known = ids.index(tokenizer.unk_token_id)
-        encoded = tokenizer(response, add_special_tokens=False, split_special_tokens=True)
+        encoded = tokenizer(
+            response, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
         if encoded["input_ids"] == ids:
-            ends = [end for _, end in encoded.encodings[0].offsets]
+            ends = [end for _, end in encoded["offset_mapping"]]
             prefixes[known:] = [response[: ends[at]] for at in range(known, len(ids) - 1)]
 
     # Some decoders strip the space that the response begins with.

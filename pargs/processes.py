@@ -1,10 +1,12 @@
 """Work shared out over the processes that `accelerate launch` or torchrun started, if they did."""
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -17,10 +19,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def hide_bars_in_logs() -> None:
+    """Leave the libraries' progress bars to the first process's terminal: a log would be full of them."""
+    if not (is_main() and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+
+
 def join_processes() -> PartialState:
     """The processes of this launch, which wait here for each other; one alone without a launcher."""
+    hide_bars_in_logs()
     if not is_main():
-        logging.disable_progress_bar()
         logging.set_verbosity_error()
     # `cpu` is said outright, or processes without a GPU would not find each other.
     # A process that has done its share waits for the others, however long.
@@ -56,6 +65,9 @@ def map_shared(work: Callable[[Item], Result], items: list[Item], label: str, un
     return gather([work(item) for item in progress_bar(split(items), label, unit)])
 
 
-def progress_bar(items: list[Item], label: str, unit: str) -> "tqdm[Item]":
-    """A bar on the first process's terminal; a log that is no terminal gets none."""
-    return tqdm(items, desc=label, unit=unit, disable=None if is_main() else True)
+def progress_bar(items: list[Item] | None, label: str, unit: str, total: int | None = None) -> "tqdm[Any]":
+    """A bar on the first process's terminal; a log that is no terminal gets none.
+
+    Without `items` it is moved by `update`, up to `total`.
+    """
+    return tqdm(items, desc=label, unit=unit, total=total, disable=None if is_main() else True)

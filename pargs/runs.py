@@ -1,9 +1,20 @@
 """The files of a run directory: what stage 4 writes for each method, and how stage 5 reads it back."""
 
+from io import BytesIO
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+import numpy as np
+import pandas as pd
+from pydantic import (
+    BaseModel,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from pargs.cli import fail
 from pargs.files import DECODE, write_text
@@ -40,6 +51,26 @@ class Cost(BaseModel):
     reward_calls: NonNegativeInt  # rewards of continuations that were asked for
     reward_tokens: NonNegativeInt  # that the reward model read for them
 
+    @classmethod
+    def together(cls, costs: "list[Cost]") -> "Cost":
+        """What several processes did at the same time."""
+        return cls(
+            responses=sum(cost.responses for cost in costs),
+            seconds=max(cost.seconds for cost in costs),
+            tokens=sum(cost.tokens for cost in costs),
+            reward_calls=sum(cost.reward_calls for cost in costs),
+            reward_tokens=sum(cost.reward_tokens for cost in costs),
+        )
+
+    def describe(self) -> str:
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        line = (
+            f"{self.responses} responses, {self.tokens} tokens in {self.seconds:.1f} s ({rate:.0f} a second)"
+        )
+        if self.reward_calls:
+            line += f"; {self.reward_calls} rewards asked for, {self.reward_tokens} tokens read for them"
+        return line
+
 
 class MethodRecord(BaseModel):
     """One method of a run: what it was, and what it cost."""
@@ -59,6 +90,7 @@ class Generation(BaseModel):
     reward: FiniteFloat
     num_tokens: NonNegativeInt
     finish_reason: Literal["eos", "length"]
+    ids: list[int] | None = None  # what the policy wrote, the EOS that ended it included
 
 
 class Step(BaseModel):
@@ -68,6 +100,15 @@ class Step(BaseModel):
     log_probs: list[float | None]
     rewards: list[float | None]
     chosen: NonNegativeInt
+
+    @model_validator(mode="after")
+    def check_candidates(self) -> Self:
+        """Each candidate has a log-probability and a reward (or null), and one of them was chosen."""
+        if not len(self.tokens) == len(self.log_probs) == len(self.rewards) > self.chosen:
+            raise ValueError(
+                "a step needs tokens, log_probs and rewards of one length, and one of them chosen"
+            )
+        return self
 
 
 class Trace(BaseModel):
@@ -103,6 +144,8 @@ def parse_json(kind: type[T], content: bytes, where: str) -> T:
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        fail(f"{path} is missing; make it with `{DECODE}`")
     except OSError as error:
         fail(f"cannot read {path}: {error}; make it with `{DECODE}`")
 
@@ -118,6 +161,25 @@ def read_traces(path: Path) -> list[Trace]:
         return []
     lines = read_bytes(path).splitlines()
     return [parse_json(Trace, line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_rewards(path: Path) -> pd.DataFrame:
+    """The table of rewards: `prompt`, and a column of numbers per method in which NaN is a missing reward."""
+    content = read_bytes(path)
+    try:
+        # As text first: a post may well read "NA".
+        table = pd.read_csv(BytesIO(content), dtype=str, keep_default_na=False)
+        methods = list(table.columns.drop("prompt"))
+        table[methods] = table[methods].replace("", "nan").astype(float)
+        if not (methods and len(table) and isinstance(table.index, pd.RangeIndex)):
+            raise ValueError("it needs a column per method and a row per prompt")
+        if np.isinf(table[methods].to_numpy()).any():
+            raise ValueError("a reward is infinite")
+        if not content.endswith(b"\n"):
+            raise ValueError("its last line is cut off")
+    except (ValueError, KeyError) as error:
+        fail(f"{path} is not the table that decoding writes ({error}); make it again with `{DECODE}`")
+    return table
 
 
 def read_methods(directory: Path = Path()) -> dict[str, MethodRecord]:

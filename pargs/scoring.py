@@ -1,18 +1,19 @@
 """Ask a reward model: from prompts and continuations to rewards, in batches that fit."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from pargs.cli import fail
-from pargs.encoding import encode_responses, encode_texts
+from pargs.encoding import encode_responses, encode_texts, eos_id
 from pargs.models import RewardModel
 
 
 @dataclass
 class Continuation:
-    """What follows a prompt: its text, whether it is finished, and its ids without EOS if a policy wrote it."""
+    """What follows a prompt: its text, whether it is finished, and its ids (no EOS) if a policy wrote it."""
 
     text: str
     finished: bool
@@ -33,7 +34,7 @@ def encode_continuations(
     own = [continuation.ids for continuation in continuations if continuation.ids is not None]
     if len(own) < len(continuations):
         own = encode_responses(reward_model.tokenizer, prompts, texts)
-    eos = [reward_model.tokenizer.eos_token_id]
+    eos = [eos_id(reward_model.tokenizer)]
     return [ids + eos * continuation.finished for ids, continuation in zip(own, continuations, strict=True)]
 
 
@@ -116,7 +117,7 @@ def token_rewards(
 
     One right-padded forward pass; behind an input's own length the rewards mean nothing.
     """
-    device, pad_id = reward_model.model.device, reward_model.tokenizer.pad_token_id or 0
+    device, pad_id = reward_model.model.device, cast(int, reward_model.tokenizer.pad_token_id or 0)
     lengths = torch.tensor([len(ids) for ids in inputs])
     reward_model.tokens_read += int(lengths.sum())
 
@@ -127,7 +128,7 @@ def token_rewards(
 
     if reward_model.causal:
         hidden = base_model(reward_model)(**model_inputs, use_cache=False).last_hidden_state
-        return reward_model.model.score(hidden).squeeze(-1).float()
+        return score_head(reward_model)(hidden).squeeze(-1).float()
 
     if reward_model.has_segments:
         padded = pad_sequence([torch.tensor(ids) for ids in segments], batch_first=True)
@@ -138,3 +139,8 @@ def token_rewards(
 def base_model(reward_model: RewardModel) -> torch.nn.Module:
     """The model below the `score` head."""
     return getattr(reward_model.model, reward_model.model.base_model_prefix)
+
+
+def score_head(reward_model: RewardModel) -> torch.nn.Module:
+    """From hidden states [..., hidden] to rewards [..., 1]."""
+    return reward_model.model.get_submodule("score")

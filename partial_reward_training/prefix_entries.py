@@ -9,52 +9,43 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from pargs.prefixes import EncodedResponse, PairFrame
+
 SIDES = ("chosen", "rejected")
 
 
 def expand_entries(
-    batch: dict[str, list[int]], pairs: Dataset, frame: dict[str, Any]
+    batch: dict[str, list[int]], pairs: Dataset, frame: PairFrame
 ) -> dict[str, list[list[int] | int]]:
-    """Turn rows (`pair`, `length`) into the inputs of both sides: ids, segment ids and mask.
-
-    `frame` holds the reward tokenizer's special tokens: `start + prompt + middle + prefix + end`.
-    """
-    columns = [
-        f"{side}_{kind}" for side in SIDES for kind in ("input_ids", "token_type_ids", "attention_mask")
-    ]
-    expanded = {name: [] for name in [*columns, "quarter"]}
+    """Turn rows (`pair`, `length`) into the inputs of both sides: ids, segment ids and mask."""
+    kinds = ("input_ids", "token_type_ids", "attention_mask")
+    expanded = {name: [] for name in [*(f"{side}_{kind}" for side in SIDES for kind in kinds), "quarter"]}
     rows = {pair: pairs[pair] for pair in set(batch["pair"])}
 
     for pair, length in zip(batch["pair"], batch["length"], strict=True):
         row = rows[pair]
         for side in SIDES:
-            prefix = prefix_ids(row[f"{side}_ids"], row[f"{side}_reencoded"], length)
-            ids = frame["start"] + row["prompt_ids"] + frame["middle"] + prefix + frame["end"]
-            segments = (
-                frame["start_segments"]
-                + [frame["prompt_segment"]] * len(row["prompt_ids"])
-                + frame["middle_segments"]
-                + [frame["response_segment"]] * len(prefix)
-                + frame["end_segments"]
-            )
+            prefix = read_response(row, side).prefix(length)
+            ids = frame.ids(row["prompt_ids"], prefix)
             expanded[f"{side}_input_ids"].append(ids)
-            expanded[f"{side}_token_type_ids"].append(segments)
+            expanded[f"{side}_token_type_ids"].append(frame.segments(row["prompt_ids"], prefix))
             expanded[f"{side}_attention_mask"].append([1] * len(ids))
-
-        longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        expanded["quarter"].append(quarter_of(length, longest))
+        expanded["quarter"].append(quarter_of(length, longest_response(row)))
     return expanded
 
 
-def prefix_ids(ids: list[int], reencoded: list[dict], length: int) -> list[int]:
-    """The prefix of `length` tokens; past its end a response stays whole."""
-    for prefix in reencoded:
-        if prefix["length"] == length:
-            return prefix["ids"]
-    return ids[:length]
+def read_response(row: dict[str, Any], side: str) -> EncodedResponse:
+    """One response of a stored comparison."""
+    reencoded = {prefix["length"]: prefix["ids"] for prefix in row[f"{side}_reencoded"]}
+    return EncodedResponse(row[f"{side}_ids"], reencoded)
 
 
-def quarter_of(length: int | np.ndarray, longest: int | np.ndarray) -> int | np.ndarray:
+def longest_response(row: dict[str, Any]) -> int:
+    """Tokens in the longer response of a stored comparison."""
+    return max(len(row[f"{side}_ids"]) for side in SIDES)
+
+
+def quarter_of(length: Any, longest: Any) -> Any:
     """Which quarter (0 to 3) of a response of `longest` tokens its prefix of `length` tokens ends in."""
     return (4 * length - 1) // longest
 
@@ -67,7 +58,7 @@ def sample_by_quarter(
     chosen = generator.permutation(len(pairs))[:num_comparisons]
     longest = np.zeros(len(pairs), dtype=int)
     for pair in chosen:
-        longest[pair] = max(len(pairs[int(pair)][f"{side}_ids"]) for side in SIDES)
+        longest[pair] = longest_response(pairs[int(pair)])
 
     pair_of, length_of = np.array(entries["pair"]), np.array(entries["length"])
     candidates = np.flatnonzero(np.isin(pair_of, chosen))
@@ -120,8 +111,7 @@ class PairCollator:
                 read_out.append(len(prompt) - 1 + lengths.clamp(max=len(response)))
 
         for example in examples:
-            longest = max(len(example[f"{side}_ids"]) for side in SIDES)
-            quarters.append(quarter_of(torch.tensor(example["lengths"]), longest))
+            quarters.append(quarter_of(torch.tensor(example["lengths"]), longest_response(example)))
 
         masks = [torch.ones_like(ids) for ids in sequences]
         return {

@@ -11,76 +11,76 @@ in one pass, so it is trained on whole comparisons: the same loss, averaged over
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, sample_by_quarter
-from training_setup import (
-    WholeCheckpoints,
-    check_weights,
-    check_writable,
-    checkpoint_to_resume,
-    fail,
-    log_offline_without_login,
-    model_kwargs,
-    move_into_place,
-    one_message,
-    parse_settings,
-    read_dataset,
-    read_tokenizer,
-    save_beside,
-    settle_precision,
-)
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+
+from pargs.cli import fail, setting
+from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
+from pargs.models import (
+    check_causal_reward_model,
+    check_one_label,
+    load_config,
+    load_tokenizer,
+    warn_of_pickle,
+)
+from pargs.prefixes import PairFrame
+from pargs.training import (
+    WholeCheckpoints,
+    checkpoint_to_resume,
+    model_kwargs,
+    parse_settings,
+    save_trained,
+    settle_logging,
+    settle_precision,
+    starting,
+)
 
 
 @dataclass
 class Settings(RewardConfig, ModelConfig):
     """The settings below, and every other flag of TRL's RewardConfig and ModelConfig."""
 
-    model_name_or_path: str = field(
-        default="OpenAssistant/reward-model-deberta-v3-large",
-        metadata={"help": "The full-sequence reward model to start from (or any sequence classifier)."},
+    model_name_or_path: str = setting(
+        "OpenAssistant/reward-model-deberta-v3-large",
+        "The full-sequence reward model to start from (or any sequence classifier).",
     )
-    dataset: str = field(default="summarize_from_feedback_partial", metadata={"help": "Prefix dataset."})
-    output_dir: str = field(default="partial_reward_modeling_tldr", metadata={"help": "Folder to write."})
+    dataset: str = setting("summarize_from_feedback_partial", "Prefix dataset.")
+    output_dir: str = setting("partial_reward_modeling_tldr", "Folder to write.")
 
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Prefix pairs a step and device."})
-    gradient_accumulation_steps: int = field(default=16, metadata={"help": "Steps before an update."})
-    num_train_epochs: float = field(default=1, metadata={"help": "Passes over the entries."})
-    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "Trade speed for memory."})
-    max_length: int | None = field(default=512, metadata={"help": "Longest input, as in the dataset."})
+    per_device_train_batch_size: PositiveInt = setting(16, "Prefix pairs a step and device.")
+    gradient_accumulation_steps: PositiveInt = setting(16, "Steps before an update.")
+    num_train_epochs: PositiveFloat = setting(1, "Passes over the entries.")
+    learning_rate: NonNegativeFloat = setting(5e-6, "Peak learning rate.")
+    optim: str = setting("adamw_torch", "Optimizer.")
+    gradient_checkpointing: bool = setting(True, "Trade speed for memory.")
+    max_length: PositiveInt | None = setting(512, "Longest input, as in the dataset.")
 
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Updates between evaluations."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate the model as it came, too."})
-    eval_comparisons: int = field(default=128, metadata={"help": "Validation comparisons to evaluate on."})
-    eval_entries: int = field(
-        default=1024,
-        metadata={"help": "Their entries, as many from each quarter; a causal model is evaluated on all."},
+    eval_strategy: str = setting("steps", "When to evaluate.")
+    eval_steps: PositiveFloat | None = setting(200, "Updates between evaluations.")
+    eval_on_start: bool = setting(True, "Evaluate the model as it came, too.")
+    eval_comparisons: PositiveInt = setting(128, "Validation comparisons to evaluate on.")
+    eval_entries: PositiveInt = setting(
+        1024, "Their entries, as many from each quarter; a causal model is evaluated on all."
     )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Prefix pairs an evaluation step."})
+    per_device_eval_batch_size: PositiveInt = setting(16, "Prefix pairs an evaluation step.")
 
-    logging_steps: float = field(default=10, metadata={"help": "Updates between log lines."})
-    report_to: str = field(default="wandb", metadata={"help": "Tracker, or none."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    lora_task_type: str = field(default="SEQ_CLS", metadata={"help": "A reward model is a classifier."})
+    logging_steps: PositiveFloat = setting(10, "Updates between log lines.")
+    report_to: None | str | list[str] = setting("wandb", "Tracker, or none.")
+    save_total_limit: PositiveInt | None = setting(2, "Checkpoints to keep.")
+    lora_task_type: str = setting("SEQ_CLS", "A reward model is a classifier.")
     # Segment ids travel in columns that TRL does not know.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off here."})
+    remove_unused_columns: bool = setting(False, "Must stay off here.")
 
     def __post_init__(self):
         settle_precision(self)
@@ -91,14 +91,18 @@ class Settings(RewardConfig, ModelConfig):
 class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's reward trainer on entries that are model inputs already, with accuracy by quarter."""
 
+    args: Settings
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # TRL would tokenise the text and append an EOS to every unfinished prefix
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         quarters = inputs.pop("quarters")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = cast(
+            tuple[torch.Tensor, Any], super().compute_loss(model, inputs, return_outputs=True)
+        )
 
-        if not self.model.training:
+        if not model.training:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             self._count_by_quarter((chosen > rejected).float(), quarters)
         return (loss, outputs) if return_outputs else loss
@@ -140,10 +144,10 @@ class AllPrefixRewardTrainer(PrefixRewardTrainer):
         entries, right, margin = self.accelerator.reduce(sums)
         loss = losses.sum() * self.accelerator.num_processes / entries
 
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if model.training else "eval"]
         metrics["accuracy"].append((right / entries).item())
         metrics["margin"].append((margin / entries).item())
-        if not self.model.training:
+        if not model.training:
             self._count_by_quarter(correct, quarters)
         return (loss, SequenceClassifierOutput(logits=rewards.unsqueeze(-1))) if return_outputs else loss
 
@@ -161,56 +165,34 @@ def token_rewards(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def find_score_head(model: torch.nn.Module) -> torch.nn.Module:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = getattr(base, "score", None)
-    if head is None:
-        fail(f"{type(base).__name__} has no `score` head over all tokens, so it cannot train in one pass")
-    return head
-
-
-def check_reward_model(name: str, revision: str) -> None:
-    """Exit where `name` is no model, or a classifier that gives more than one number."""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except Exception as error:
-        fail(f"cannot load {name!r}: {error}; name a model with --model_name_or_path")
-
-    is_classifier = any("SequenceClassification" in kind for kind in config.architectures or [])
-    if is_classifier and config.num_labels != 1:
-        fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
-    check_weights(name, revision)
-
-
-def load_tokenizer(settings: Settings, made_for: str) -> PreTrainedTokenizerBase:
-    """The reward model's tokenizer, which must be the one that the entries were made with."""
-    tokenizer = read_tokenizer(settings.model_name_or_path, settings.model_revision)
-    if made_for != settings.model_name_or_path:
-        other = read_tokenizer(made_for)
-        if other.get_vocab() != tokenizer.get_vocab():
-            fail(
-                f"{settings.dataset!r} holds ids of {made_for!r}; make it anew with `python DataProcess/"
-                f"tldr_data_process_partial.py --reward_model {settings.model_name_or_path}`"
-            )
-
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return base.get_submodule("score")
 
 
 def load_entries(settings: Settings) -> tuple[Dataset, Dataset, dict]:
-    """Training and evaluation entries (of a causal model: comparisons), and how they were made."""
-    made_by = "python DataProcess/tldr_data_process_partial.py"
-    entries, how = read_dataset(settings.dataset, made_by, columns={"pair", "length"})
-    pairs, _ = read_dataset(
-        f"{settings.dataset}/pairs", made_by, columns={"prompt_ids", "chosen_ids", "rejected_ids"}
+    """Training and evaluation entries (of a causal model: comparisons), and the notes of stage 1."""
+    both = ("train", "validation")
+    columns = [
+        "prompt_ids",
+        "chosen_ids",
+        "rejected_ids",
+        "chosen_reencoded",
+        "rejected_reencoded",
+        "lengths",
+    ]
+    entries, notes = read_dataset(
+        settings.dataset, dict.fromkeys(both, ["pair", "length"]), MAKE_PREFIXES, text=False
     )
-    if "frame" not in how:
-        fail(f"{settings.dataset!r} is no prefix dataset; make it with `{made_by}`")
+    pairs, _ = read_dataset(
+        f"{settings.dataset}/pairs", dict.fromkeys(both, columns), MAKE_PREFIXES, text=False
+    )
+    if "frame" not in notes:
+        fail(f"{settings.dataset!r} is no prefix dataset; make it with `{MAKE_PREFIXES}`")
 
-    if how["causal"]:
+    if notes["causal"]:
         # In memory: `datasets` would leave cache files in the artifact it reads.
         whole = pairs.filter(lambda lengths: len(lengths) > 0, input_columns="lengths", keep_in_memory=True)
         held_out = whole["validation"].shuffle(seed=settings.seed, keep_in_memory=True)
-        return whole["train"], held_out.select(range(min(settings.eval_comparisons, len(held_out)))), how
+        return whole["train"], held_out.select(range(min(settings.eval_comparisons, len(held_out)))), notes
 
     held_out = sample_by_quarter(
         entries["validation"],
@@ -220,61 +202,75 @@ def load_entries(settings: Settings) -> tuple[Dataset, Dataset, dict]:
         settings.seed,
     )
     # `save_to_disk` keeps the table alone, so the view that expands it is put on here.
+    frame = PairFrame(**notes["frame"])
     return (
-        entries["train"].with_transform(partial(expand_entries, pairs=pairs["train"], frame=how["frame"])),
-        held_out.with_transform(partial(expand_entries, pairs=pairs["validation"], frame=how["frame"])),
-        how,
+        entries["train"].with_transform(partial(expand_entries, pairs=pairs["train"], frame=frame)),
+        held_out.with_transform(partial(expand_entries, pairs=pairs["validation"], frame=frame)),
+        notes,
     )
 
 
-def make_trainer(settings: Settings) -> RewardTrainer:
-    train, held_out, how = load_entries(settings)
-    if settings.max_length != how["max_length"]:
+def load_entries_tokenizer(settings: Settings, made_for: str) -> PreTrainedTokenizerFast:
+    """The reward model's tokenizer, which must be the one that the entries were made with."""
+    tokenizer = load_tokenizer(settings.model_name_or_path, revision=settings.model_revision)
+    same_model = made_for == settings.model_name_or_path
+    if not same_model and load_tokenizer(made_for).get_vocab() != tokenizer.get_vocab():
         fail(
-            f"{settings.dataset!r} was made with --max_length {how['max_length']}, "
-            f"not {settings.max_length}; "
-            "make it anew with `python DataProcess/tldr_data_process_partial.py`"
+            f"{settings.dataset!r} holds ids of {made_for!r}; make it anew with "
+            f"`{MAKE_PREFIXES} --reward_model {settings.model_name_or_path}`"
         )
-    tokenizer = load_tokenizer(settings, how["reward_model"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
-    settings.model_init_kwargs = model_kwargs(settings)
-    if how["causal"]:
-        trainer_class, collator = (
-            AllPrefixRewardTrainer,
-            PairCollator(tokenizer.pad_token_id, how["frame"]["start"]),
+
+def make_trainer(settings: Settings) -> RewardTrainer:
+    name = settings.model_name_or_path
+    config = load_config(name, "name a model with --model_name_or_path", settings.model_revision)
+    if any("SequenceClassification" in kind for kind in config.architectures or []):
+        check_one_label(name, config)
+
+    train_data, held_out, notes = load_entries(settings)
+    if settings.max_length != notes["max_length"]:
+        fail(
+            f"{settings.dataset!r} was made with --max_length {notes['max_length']}, "
+            f"not {settings.max_length}; make it anew with `{MAKE_PREFIXES}`"
         )
+    tokenizer = load_entries_tokenizer(settings, notes["reward_model"])
+    if notes["causal"]:
+        trainer_class = AllPrefixRewardTrainer
+        collator = PairCollator(cast(int, tokenizer.pad_token_id), notes["frame"]["start"])
     else:
-        trainer_class, collator = PrefixRewardTrainer, EntryCollator(tokenizer, how["segment_ids"])
+        trainer_class, collator = PrefixRewardTrainer, EntryCollator(tokenizer, notes["segment_ids"])
 
-    with one_message(f"train {settings.model_name_or_path!r} with these settings"):
-        return trainer_class(
-            model=settings.model_name_or_path,
+    warn_of_pickle(name, settings.model_revision)
+    settings.model_init_kwargs = model_kwargs(settings)
+    with starting(name):
+        trainer = trainer_class(
+            model=name,
             args=settings,
             data_collator=collator,
-            train_dataset=train,
+            train_dataset=train_data,
             eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=get_peft_config(settings),
             quantization_config=get_quantization_config(settings),
         )
+    if notes["causal"]:
+        check_causal_reward_model(name, trainer.model, tokenizer)
+    return trainer
 
 
-def save_reward_model(trainer: RewardTrainer, settings: Settings) -> None:
-    """Write the whole model (adapter merged) and its tokenizer beside the checkpoints."""
-    written = save_beside(trainer)
-    if not trainer.is_world_process_zero():
-        return
-
-    if settings.use_peft:
-        base = AutoModelForSequenceClassification.from_pretrained(
-            settings.model_name_or_path, num_labels=1, dtype=torch.float32, revision=settings.model_revision
-        )
-        merged = PeftModel.from_pretrained(base, str(written)).merge_and_unload()
-        for adapter in written.glob("adapter_*"):
-            adapter.unlink()
-        merged.config.pad_token_id = trainer.processing_class.pad_token_id
-        merged.save_pretrained(written)
-    move_into_place(written, Path(settings.output_dir), marker="config.json")
+def merge_adapter(folder: Path, settings: Settings) -> None:
+    """Replace the adapter in `folder` by the whole model."""
+    base = AutoModelForSequenceClassification.from_pretrained(
+        settings.model_name_or_path, num_labels=1, dtype=torch.float32, revision=settings.model_revision
+    )
+    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    for file in folder.glob("adapter_*"):
+        file.unlink()
+    merged.config.pad_token_id = load_tokenizer(str(folder)).pad_token_id
+    merged.save_pretrained(folder)
 
 
 def report(trainer: RewardTrainer, settings: Settings) -> None:
@@ -292,22 +288,20 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(Settings, description=__doc__.splitlines()[0])
+    settings = parse_settings(Settings, __doc__)
     settings.remove_unused_columns = False
-    check_reward_model(settings.model_name_or_path, settings.model_revision)
+    check_writable(Path(settings.output_dir))
+    settle_logging(settings)
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     settings.eval_on_start = settings.eval_on_start and checkpoint is None
-    log_offline_without_login(settings.report_to)
 
     trainer = make_trainer(settings)
-    check_writable(settings.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if settings.eval_strategy != "no":
         trainer.evaluate()
 
-    with one_message(f"write {settings.output_dir!r}"):
-        save_reward_model(trainer, settings)
-    PartialState().wait_for_everyone()
+    merge = partial(merge_adapter, settings=settings) if settings.use_peft else None
+    save_trained(trainer, marker="config.json", finish=merge)
     if trainer.is_world_process_zero():
         report(trainer, settings)
 

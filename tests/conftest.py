@@ -1,9 +1,12 @@
 """Small real models and a small world of posts, made once per test session."""
 
+import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +32,7 @@ from transformers import (
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("DataProcess", "partial_reward_training", "DPO_training", "PARGS_decode", "Evaluation")
-sys.path[:0] = [str(ROOT / stage) for stage in STAGES]
+Outcome = tuple[int, str]  # a script's exit status, and what it printed, both streams together
 
 WHO = ["my sister", "my boss", "our neighbour", "my old friend", "the landlord", "my wife"]
 WHAT = [
@@ -98,6 +101,40 @@ def hub_test_rows(count: int, seed: int) -> list[dict]:
     ]
 
 
+def write_prompts(path: Path, prompts: list[str], references: list[str] | None = None) -> None:
+    """A file of own prompts for decoding."""
+    rows = [{"prompt": prompt, "reference": None} for prompt in prompts]
+    for row, reference in zip(rows, references or (), strict=False):
+        row["reference"] = reference
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def assert_one_error(status: int, output: str, *said: str) -> None:
+    """A script has ended with code 2 and one line that says what is wrong."""
+    errors = [line for line in output.replace("\r", "\n").split("\n") if "error:" in line]
+    assert status == 2, output
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "Traceback" not in output, output
+    for text in said:
+        assert text in errors[0]
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """`call_main(module, *arguments)` runs a script's main in this process, with that command line."""
+
+    def call(module: ModuleType, *arguments: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, "".join(capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
     return [text for post in make_posts(300, 0) for text in post] + ["POST: \nTL;DR:"] * 20
@@ -106,57 +143,45 @@ def corpus() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizers(corpus, tmp_path_factory) -> dict[str, PreTrainedTokenizerFast]:
     """A byte-level BPE, a WordPiece and a unigram tokenizer; the two others have pair encodings."""
+    quiet = {"show_progress": False}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<|endoftext|>", "<sep>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special = ["<|endoftext|>", "<sep>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, **quiet)
     bpe.train_from_iterator(corpus, trainer)
-    bpe = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", sep_token="<sep>", model_max_length=256
-    )
 
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, **quiet)
     wordpiece.train_from_iterator(corpus, trainer)
     path = tmp_path_factory.mktemp("wordpiece")
     wordpiece.model.save(str(path))
-    wordpiece = BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=256)
 
     unigram = Tokenizer(models.Unigram())
     unigram.normalizer = normalizers.NFKC()
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300,
-        special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"],
-        unk_token="[UNK]",
-        show_progress=False,
-    )
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="[UNK]", **quiet)
     unigram.train_from_iterator(corpus, trainer)
     unigram.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, unigram.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    unigram = PreTrainedTokenizerFast(
-        tokenizer_object=unigram,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=256,
-    )
-    return {"bpe": bpe, "wordpiece": wordpiece, "unigram": unigram}
+
+    roles = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    return {
+        "bpe": PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token="<|endoftext|>", sep_token="<sep>", model_max_length=256
+        ),
+        "wordpiece": BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=256),
+        "unigram": PreTrainedTokenizerFast(tokenizer_object=unigram, **roles, model_max_length=256),
+    }
 
 
 def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, path: Path) -> str:
@@ -170,32 +195,20 @@ def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
     """Folders of tiny models with random weights, loud enough that candidates' scores differ."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    bpe = tokenizers["bpe"]
-    shape = {"vocab_size": len(bpe), "initializer_range": 0.3}
-    eos = {"bos_token_id": bpe.eos_token_id, "eos_token_id": bpe.eos_token_id}
-    gpt2 = {**shape, **eos, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
-    llama = {
-        **shape,
-        **eos,
+    bpe, wordpiece, unigram = (tokenizers[name] for name in ("bpe", "wordpiece", "unigram"))
+    eos, loud = bpe.eos_token_id, {"initializer_range": 0.3}
+    causal = {**loud, "vocab_size": len(bpe), "bos_token_id": eos, "eos_token_id": eos}
+    gpt2 = {**causal, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "pad_token_id": bpe.eos_token_id,
     }
-    bert = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,
-        "num_labels": 1,
-    }
+    llama = {**causal, **shape, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": eos}
+    encoder = {**loud, **shape, "num_attention_heads": 2, "num_labels": 1}
     deberta = {
-        **bert,
+        **encoder,
         "relative_attention": True,
         "position_buckets": 32,
         "norm_rel_ebd": "layer_norm",
@@ -203,32 +216,25 @@ def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
         "pos_att_type": ["p2c", "c2p"],
         "position_biased_input": False,
         "type_vocab_size": 0,
-        "pad_token_id": tokenizers["unigram"].pad_token_id,
+        "pad_token_id": unigram.pad_token_id,
     }
-    return {
-        "gpt2": save(GPT2LMHeadModel(GPT2Config(**gpt2)), bpe, root / "gpt2"),
-        "llama": save(LlamaForCausalLM(LlamaConfig(**llama)), bpe, root / "llama"),
-        "bert": save(
-            BertForSequenceClassification(BertConfig(vocab_size=len(tokenizers["wordpiece"]), **bert)),
-            tokenizers["wordpiece"],
-            root / "bert",
+    made = {
+        "gpt2": (GPT2LMHeadModel, GPT2Config(**gpt2), bpe),
+        "llama": (LlamaForCausalLM, LlamaConfig(**llama), bpe),
+        "bert": (BertForSequenceClassification, BertConfig(vocab_size=len(wordpiece), **encoder), wordpiece),
+        "deberta": (
+            DebertaV2ForSequenceClassification,
+            DebertaV2Config(vocab_size=len(unigram), **deberta),
+            unigram,
         ),
-        "deberta": save(
-            DebertaV2ForSequenceClassification(
-                DebertaV2Config(vocab_size=len(tokenizers["unigram"]), **deberta)
-            ),
-            tokenizers["unigram"],
-            root / "deberta",
-        ),
-        "gpt2-reward": save(
-            GPT2ForSequenceClassification(GPT2Config(**gpt2, num_labels=1, pad_token_id=bpe.eos_token_id)),
+        "gpt2-reward": (
+            GPT2ForSequenceClassification,
+            GPT2Config(**gpt2, num_labels=1, pad_token_id=eos),
             bpe,
-            root / "gpt2-reward",
         ),
-        "llama-reward": save(
-            LlamaForSequenceClassification(LlamaConfig(**llama, num_labels=1)), bpe, root / "llama-reward"
-        ),
+        "llama-reward": (LlamaForSequenceClassification, LlamaConfig(**llama, num_labels=1), bpe),
     }
+    return {name: save(kind(config), words, root / name) for name, (kind, config, words) in made.items()}
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, Outcome
 
 LIBRARIES = [
     "torch",
@@ -30,13 +31,25 @@ server.set_forkserver_preload(LIBRARIES)
 class Run:
     """A running script; what it prints goes to `log`."""
 
-    def __init__(self, script: str, arguments: list[str], directory: Path, **environment: str):
+    def __init__(self, script: str, arguments: list, directory: Path, **environment: str):
         self.log = Path(directory).with_suffix(".log")
         self.log.write_text("")
         self.process = server.Process(
             target=run_script, args=(script, list(map(str, arguments)), directory, self.log, environment)
         )
         self.process.start()
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Return once `condition` holds; the script must still run then, or have met it with its last act."""
+        alive = True
+        while not condition():
+            assert alive, self.log.read_text()
+            alive = self.process.is_alive()  # before the next look: what it does last counts
+            time.sleep(0.005)
+
+    def wait_for(self, text: str) -> None:
+        """Return once the script has printed `text`."""
+        self.wait_until(lambda: text in self.log.read_text())
 
     def kill_after(self, seconds: float) -> bool:
         """Send SIGKILL once `seconds` have passed; False if the script had ended by then."""
@@ -46,16 +59,7 @@ class Run:
         self.process.join()
         return not ended
 
-    def wait_for(self, text: str) -> None:
-        """Return once the script has printed `text`."""
-        alive = True
-        while text not in self.log.read_text():
-            assert alive, self.log.read_text()
-            alive = self.process.is_alive()  # before the next look: what it prints last counts
-            time.sleep(0.01)
-
-    def finish(self) -> tuple[int, str]:
-        """Exit status and output."""
+    def finish(self) -> Outcome:
         self.process.join()
         return self.process.exitcode, self.log.read_text()
 
@@ -68,13 +72,13 @@ def run_script(script: str, arguments: list[str], directory: Path, log: Path, en
     os.chdir(directory)
 
     path = ROOT / script
-    # A script finds the helpers beside it first, as it does when python starts it.
+    # A script finds the helpers beside it, as where python starts it, and those of no test or other stage.
     others = [entry for entry in sys.path if ROOT not in (Path(entry), Path(entry).parent)]
     sys.path[:] = [str(path.parent), *others]
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 
-def run(script: str, arguments: list[str], directory: Path, **environment: str) -> tuple[int, str]:
-    """Run a script to its end: exit status and output, both streams together."""
+def run(script: str, arguments: list, directory: Path, **environment: str) -> Outcome:
+    """Run a script to its end."""
     return Run(script, arguments, directory, **environment).finish()

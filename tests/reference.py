@@ -1,12 +1,22 @@
 """The method as the paper states it, in the plainest loop: one prompt, one candidate at a time, no cache.
 
 The policy reads its own ids; an encoder reward model reads the re-tokenised text, through its tokenizer's
-own pair encoding; a causal one reads the policy's ids, with EOS where the response is finished.
+own pair encoding; a causal one reads the policy's ids, or the text where it has other ids, with its EOS where
+the response is finished.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 @dataclass
@@ -17,50 +27,93 @@ class Step:
     margin: float
 
 
-@torch.no_grad()
-def reference_response(
-    policy,
-    policy_tokenizer,
-    prompt: str,
-    k: int,
-    max_new_tokens: int,
-    reward_model=None,
-    reward_tokenizer=None,
-    causal: bool = False,
-    weight: float = 0.0,
-    uniforms=None,
-    eos: int | None = None,
-) -> list[Step]:
-    """Write one response, ended by `eos` where one is given.
+@dataclass
+class Reference:
+    """A policy, and the reward model that guides it, if any."""
 
-    `uniforms(step)` gives the random number of a step, None decodes greedily.
-    """
-    prompt_ids = policy_tokenizer(prompt)["input_ids"]
-    response, steps = [], []
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    reward_model: PreTrainedModel | None = None
+    reward_tokenizer: PreTrainedTokenizerFast | None = None
+    causal: bool = False  # decoder-only
 
-    for step in range(max_new_tokens):
-        logits = policy(torch.tensor([prompt_ids + response], device=policy.device)).logits[0, -1]
-        log_probs, by_probability = logits.float().log_softmax(-1).sort(descending=True, stable=True)
-        # One more than the candidates: a token just outside the top k could have been in it.
-        log_probs, by_probability = log_probs[: k + 1].tolist(), by_probability[: k + 1].tolist()
+    @classmethod
+    def load(cls, policy: str | Path, reward_model: str | Path, causal: bool) -> "Reference":
+        return cls(
+            AutoModelForCausalLM.from_pretrained(policy).eval(),
+            AutoTokenizer.from_pretrained(policy),
+            AutoModelForSequenceClassification.from_pretrained(reward_model).eval(),
+            AutoTokenizer.from_pretrained(reward_model),
+            causal,
+        )
 
-        scores = []
-        for token, score in zip(by_probability[:k], log_probs, strict=False):
-            if reward_model is not None:
-                score += weight * reference_reward(
-                    reward_model, reward_tokenizer, causal, policy_tokenizer, prompt, [*response, token]
-                )
-            scores.append(score)
+    @torch.no_grad()
+    def log_probs(self, ids: list[int]) -> torch.Tensor:
+        """Of the next token, over the whole vocabulary."""
+        return (
+            self.policy(torch.tensor([ids], device=self.policy.device)).logits[0, -1].float().log_softmax(-1)
+        )
 
-        chosen, margin = pick(scores, None if uniforms is None else uniforms(step))
-        token = by_probability[chosen]
-        if k < len(by_probability):
-            margin = min(margin, log_probs[k - 1] - log_probs[k])
-        steps.append(Step(token, margin))
-        if token == eos:
-            break
-        response.append(token)
-    return steps
+    @torch.no_grad()
+    def reward(self, prompt: str, response: list[int]) -> float:
+        """The reward of a response, whose last id may be the EOS that finishes it."""
+        text = self.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not self.causal:
+            # As a batch of one: a single call takes an empty text for no text at all.
+            inputs = self.reward_tokenizer([prompt], [text], split_special_tokens=True, return_tensors="pt")
+            return self.reward_model(**inputs.to(self.reward_model.device)).logits[0, 0].item()
+
+        ids = self.tokenizer(prompt)["input_ids"] + response
+        if self.reward_tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            finished = response[-1:] == [self.tokenizer.eos_token_id]
+            ids = self.reward_tokenizer(prompt + text)["input_ids"]
+            ids += [self.reward_tokenizer.eos_token_id] * finished
+        return self.reward_of_ids(ids)
+
+    @torch.no_grad()
+    def reward_of_ids(self, ids: list[int]) -> float:
+        """What a causal reward model says after the last of `ids`."""
+        base = getattr(self.reward_model, self.reward_model.base_model_prefix)
+        inputs = torch.tensor([ids], device=self.reward_model.device)
+        return self.reward_model.score(base(inputs).last_hidden_state[0, -1]).item()
+
+    def write(
+        self,
+        prompt: str,
+        k: int,
+        max_new_tokens: int,
+        weight: float = 0.0,
+        uniforms: Callable[[int], float] | None = None,
+        eos: int | None = None,
+    ) -> list[Step]:
+        """Write one response, ended by `eos` where one is given.
+
+        `uniforms(step)` gives the random number of a step, None decodes greedily.
+        """
+        prompt_ids = self.tokenizer(prompt)["input_ids"]
+        response, steps = [], []
+
+        for step in range(max_new_tokens):
+            sorted_log_probs, by_probability = self.log_probs(prompt_ids + response).sort(
+                descending=True, stable=True
+            )
+            # One more than the candidates: a token just outside the top k could have been in it.
+            log_probs, tokens = sorted_log_probs[: k + 1].tolist(), by_probability[: k + 1].tolist()
+
+            scores = []
+            for token, score in zip(tokens[:k], log_probs, strict=False):
+                if weight:
+                    score += weight * self.reward(prompt, [*response, token])
+                scores.append(score)
+
+            chosen, margin = pick(scores, None if uniforms is None else uniforms(step))
+            if k < len(tokens):
+                margin = min(margin, log_probs[k - 1] - log_probs[k])
+            steps.append(Step(tokens[chosen], margin))
+            if tokens[chosen] == eos:
+                break
+            response.append(tokens[chosen])
+        return steps
 
 
 def pick(scores: list[float], uniform: float | None) -> tuple[int, float]:
@@ -71,28 +124,13 @@ def pick(scores: list[float], uniform: float | None) -> tuple[int, float]:
         return best, min(others, default=float("inf"))
 
     probabilities = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
-    edge, margin = 0.0, float("inf")
-    chosen = None
+    edge, margin, chosen = 0.0, float("inf"), None
     for at, probability in enumerate(probabilities):
         edge += probability
         margin = min(margin, abs(edge - uniform))
         if chosen is None and uniform < edge:
             chosen = at
     return len(scores) - 1 if chosen is None else chosen, margin
-
-
-@torch.no_grad()
-def reference_reward(model, tokenizer, causal, policy_tokenizer, prompt: str, response: list[int]) -> float:
-    """The reward of a response, whose last id may be the EOS that finishes it."""
-    if causal:
-        ids = policy_tokenizer(prompt)["input_ids"] + response
-        base = getattr(model, model.base_model_prefix)
-        return model.score(base(torch.tensor([ids], device=model.device)).last_hidden_state[0, -1]).item()
-
-    text = policy_tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    # As a batch of one: a single call takes an empty text for no text at all.
-    inputs = tokenizer([prompt], [text], split_special_tokens=True, return_tensors="pt").to(model.device)
-    return model(**inputs).logits[0, 0].item()
 
 
 def assert_same_tokens(steps: list[Step], tokens: list[int], eos: int | None, finished: bool) -> int:

@@ -2,19 +2,24 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import forked
 import pandas as pd
-import PARGS_baselines
 import pytest
-from conftest import ROOT, hub_rows, hub_test_rows, write_hub_data
-from PARGS_baselines import METHODS, Settings, claim_directory, load_policy, load_prompts, read_own_prompts
+import torch
+from conftest import ROOT, STAGES, assert_one_error, hub_rows, hub_test_rows, write_hub_data
+from datasets import Dataset, DatasetDict
+from forked import run
+from PARGS_baselines import METHODS, Settings
+from prompts import load_prompts, read_own_prompts
+from run_state import MADE_BY, check_models, claim_directory
+
+from pargs.models import load_policy
+from pargs.runs import generation_path, read_generations
 
 COMMANDS = r"""
 python DataProcess/tldr_data_process.py
@@ -25,29 +30,24 @@ python PARGS_decode/PARGS_baselines.py
 python Evaluation/show_result.py
 python Evaluation/GPT4_eval_tldr.py "./generation_pargs.json" "./generation_args.json"
 """  # noqa: E501
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for stage in STAGES
+    for path in sorted((ROOT / stage).glob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text()
+]
+LAUNCHERS = {
+    "python": [],
+    "accelerate launch": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"],
+}
 
 
-@pytest.fixture(scope="session")
-def hub_directory(small_models, tmp_path_factory) -> Path:
-    """A run directory in which the hub names resolve, with all of a README run's artifacts."""
-    directory = tmp_path_factory.mktemp("run")
-    write_hub_data(directory, hub_rows(24, 1), hub_rows(8, 2), hub_test_rows(6, 3))
-    for name, model in (
-        ("vistagi/gpt2-large-tldr-sum", "gpt2"),
-        ("vistagi/gpt2-large-tldr-sum-rlhf", "gpt2"),
-        ("OpenAssistant/reward-model-deberta-v3-large", "deberta"),
-    ):
-        shutil.copytree(small_models[model], directory / name)
-    return directory
-
-
-def call(command: str, directory: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command line of the README in `directory`."""
-    program, script, *arguments = shlex.split(command)
-    assert program == "python"
+def call(arguments: list[str | Path], directory: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Start python in `directory`, without anybody's keys."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "OPENAI"))}
     return subprocess.run(
-        [sys.executable, ROOT / script, *arguments],
+        [sys.executable, *arguments],
         cwd=directory,
         env=clean | {"HF_HUB_OFFLINE": "1", "NETRC": str(directory / "no-netrc")} | environment,
         capture_output=True,
@@ -56,12 +56,10 @@ def call(command: str, directory: Path, **environment: str) -> subprocess.Comple
     )
 
 
-def assert_clear_error(status: int, output: str, *said: str) -> None:
-    assert status == 2, output
-    assert "Traceback" not in output
-    assert len(re.findall(r"error:", output)) == 1
-    for text in said:
-        assert text in output
+def call_readme(command: str, directory: Path) -> subprocess.CompletedProcess:
+    program, script, *arguments = shlex.split(command)
+    assert program == "python"
+    return call([ROOT / script, *arguments], directory)
 
 
 def test_readme_has_these_commands():
@@ -70,11 +68,20 @@ def test_readme_has_these_commands():
         assert command in readme
 
 
-def test_commands_run_word_for_word(hub_directory):
+@pytest.mark.slow
+def test_commands_run_word_for_word(small_models, tmp_path):
+    """In a directory in which the hub names resolve."""
+    write_hub_data(tmp_path, hub_rows(24, 1), hub_rows(8, 2), hub_test_rows(6, 3))
+    for name, model in (
+        ("vistagi/gpt2-large-tldr-sum", "gpt2"),
+        ("vistagi/gpt2-large-tldr-sum-rlhf", "gpt2"),
+        ("OpenAssistant/reward-model-deberta-v3-large", "deberta"),
+    ):
+        shutil.copytree(small_models[model], tmp_path / name)
     outputs = {}
     *stages, judge = COMMANDS.strip().splitlines()
     for command in stages:
-        done = call(command, hub_directory)
+        done = call_readme(command, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         outputs[command.split("/")[1].split(".")[0]] = done
 
@@ -84,145 +91,168 @@ def test_commands_run_word_for_word(hub_directory):
         "partial_reward_modeling_tldr/model.safetensors",
         "GPT2_large_tldr_DPO/adapter_model.safetensors",
         "average_reward.png",
-        *(f"generation_{PARGS_baselines.file_stem(method)}.json" for method in METHODS),
     ):
-        assert (hub_directory / artifact).exists(), artifact
-
-    table = pd.read_csv(hub_directory / "baseline_results.csv")
+        assert (tmp_path / artifact).exists(), artifact
+    table = pd.read_csv(tmp_path / "baseline_results.csv")
     assert list(table.columns) == ["prompt", *METHODS, "reference"]
     assert len(table) == 6 and table.notna().all().all()
+    assert list(json.loads((tmp_path / "methods.json").read_text())) == list(METHODS)
     for method in METHODS:
-        rows = json.loads(
-            (hub_directory / f"generation_{PARGS_baselines.file_stem(method)}.json").read_text()
-        )
-        assert [row["prompt"] for row in rows] == list(table["prompt"])
-        assert [row["reward"] for row in rows] == list(table[method])
-        assert all(set(row) == {"prompt", "result", "reward", "num_tokens", "finish_reason"} for row in rows)
+        path = generation_path(method, tmp_path)
+        rows = read_generations(path)
+        assert [row.prompt for row in rows] == list(table["prompt"])
+        assert [row.reward for row in rows] == list(table[method])
+        fields = {"prompt", "result", "reward", "num_tokens", "finish_reason"}
+        assert all(set(row) == fields for row in json.loads(path.read_text()))
 
     training = outputs["tldr_partial_reward_model"].stderr
     assert "--evaluation_strategy became --eval_strategy" in training
     assert "no wandb login: logging offline" in training
     dpo = outputs["GPT2_large_DPO_tldr"].stderr
     assert "--no_remove_unused_columns became" in dpo and "--fp16 needs a GPU" in dpo
-    assert list((hub_directory / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
 
-    done = call(judge, hub_directory)
-    assert_clear_error(done.returncode, done.stderr, "OPENAI_API_KEY")
-    assert not (hub_directory / "gpt-4-evaluations").exists()
+    done = call_readme(judge, tmp_path)
+    assert_one_error(done.returncode, done.stderr, "OPENAI_API_KEY")
+    assert not (tmp_path / "gpt-4-evaluations").exists()
 
 
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory) -> Path:
+    """The stages in a folder with a space in its name."""
+    root = tmp_path_factory.mktemp("a b")
+    for stage in STAGES:
+        shutil.copytree(ROOT / stage, root / stage, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher, script):
+    directory = tmp_path / "c d"
+    directory.mkdir()
+    done = call([*LAUNCHERS[launcher], spaced / script, "--help"], directory, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("usage: ") == 1 and f"usage: {script.name}" in done.stdout
+    assert not list(directory.iterdir())
+
+
+def test_there_are_nine_scripts():
+    assert len(SCRIPTS) == 9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
         ("DataProcess/tldr_data_process.py", "", "cannot load 'openai/summarize_from_feedback'"),
         ("DPO_training/GPT2_large_DPO_tldr.py", "--report_to none", "cannot load"),
         ("PARGS_decode/PARGS_baselines.py", "", "make it with `python DataProcess/tldr_data_process.py`"),
-        ("PARGS_decode/PARGS_baselines.py", "--methods MAGIC", "--methods knows ARGS, PARGS-G"),
-        ("PARGS_decode/PARGS_baselines.py", "--k 0", "--k must be at least 1"),
         ("Evaluation/show_result.py", "", "python PARGS_decode/PARGS_baselines.py"),
     ],
 )
 def test_what_is_missing_is_named_with_the_command(tmp_path, script, arguments, said):
     directory = tmp_path / "run"
     directory.mkdir()
-    assert_clear_error(*forked.run(script, arguments.split(), directory), said)
+    assert_one_error(*run(script, arguments.split(), directory), said)
     assert not list(directory.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("setting", "said"),
     [
-        ({"partial_reward_model": "absent"}, "python partial_reward_training/tldr_partial_reward_model.py"),
-        ({"dpo_policy": "absent"}, "python DPO_training/GPT2_large_DPO_tldr.py"),
-        ({"policy": "absent"}, "--policy"),
-        ({"full_reward_model": "absent"}, "--full_reward_model"),
+        ("partial_reward_model", "python partial_reward_training/tldr_partial_reward_model.py"),
+        ("dpo_policy", "python DPO_training/GPT2_large_DPO_tldr.py"),
+        ("policy", "name another with --policy"),
+        ("full_reward_model", "name another with --full_reward_model"),
+        ("evaluation_reward_model", "name another with --evaluation_reward_model"),
     ],
 )
-def test_missing_models_are_named_with_the_command(small_models, capsys, settings, said):
+def test_missing_models_are_named_with_the_command(
+    small_models, tmp_path, monkeypatch, capsys, setting, said
+):
     """Before anything is decoded, and before --overwrite drops anything."""
-    names = {
-        "policy": small_models["gpt2"],
-        "dpo_policy": small_models["gpt2"],
-        "ppo_policy": small_models["gpt2"],
-        "full_reward_model": small_models["bert"],
-        "evaluation_reward_model": small_models["bert"],
-        "partial_reward_model": small_models["bert"],
-    }
-    PARGS_baselines.check_models(Settings(**names))
-    with pytest.raises(SystemExit) as stopped:
-        PARGS_baselines.check_models(Settings(**names | settings))
-    assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    policies = dict.fromkeys(("policy", "dpo_policy", "ppo_policy"), small_models["gpt2"])
+    rewards = ("full_reward_model", "partial_reward_model", "evaluation_reward_model")
+    names = policies | dict.fromkeys(rewards, small_models["bert"])
 
+    def check(names: dict[str, str]) -> None:
+        settings = Settings(**names)
+        methods = {name: METHODS[name](settings) for name in METHODS}
+        check_models(methods, settings.evaluation_reward_model, vars(settings))
 
-def test_language_model_is_no_reward_model(small_models, prompts, capsys):
-    settings = Settings(policy=small_models["gpt2"], partial_reward_model=small_models["gpt2"])
+    check(names)
+    default = getattr(Settings(), setting)
     with pytest.raises(SystemExit) as stopped:
-        PARGS_baselines.decode_method("PARGS", prompts, "{post}", settings)
-    assert stopped.value.code == 2
-    assert "is no trained reward model: it is a GPT2LMHeadModel" in capsys.readouterr().err
+        check(names | {setting: default if default in MADE_BY else "./absent"})
+    assert_one_error(stopped.value.code, capsys.readouterr().err, said)
 
 
 def test_own_prompts_and_their_errors(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "POST: a\\nTL;DR:", "reference": " b"}\n\n{"prompt": "c"}\n')
+    path.write_text('{"prompt": "POST: a\\nTL;DR:", "reference": " b", "id": 7}\n\n{"prompt": "c"}\n')
     assert read_own_prompts(str(path)) == (["POST: a\nTL;DR:", "c"], [" b", None])
-
     path.write_text('{"prompt": "one\u2028prompt"}\n', encoding="utf-8")
     assert read_own_prompts(str(path)) == (["one\u2028prompt"], [None])
 
-    for line, said in (
-        ("nonsense", "line 1 is not a JSON object"),
-        ('{"text": "a"}', "line 1 is not a JSON object"),
-        ('["prompt"]', "line 1 is not a JSON object"),
-        ('{"prompt": " "}', '"prompt" must be text'),
-        ('{"prompt": 3}', '"prompt" must be text'),
-        ("", "holds no prompts"),
+    for content, said in (
+        (b"nonsense", "line 1 is not a JSON object"),
+        (b'{"prompt": "a"}\n{"text": "a"}', "line 2 is not a JSON object"),
+        (b'["prompt"]', "line 1 is not a JSON object"),
+        (b'{"prompt": " "}', "the prompt is blank"),
+        (b'{"prompt": 3}', "should be a valid string"),
+        (b"", "holds no prompts"),
+        (b"\xff", "cannot read the prompts"),
     ):
-        path.write_text(line)
+        path.write_bytes(content)
         with pytest.raises(SystemExit) as stopped:
             read_own_prompts(str(path))
-        assert stopped.value.code == 2
-        assert said in capsys.readouterr().err
+        assert_one_error(stopped.value.code, capsys.readouterr().err, said)
 
 
-def test_test_prompts_are_drawn_by_seed(tmp_path, monkeypatch, hub_directory):
-    from datasets import Dataset, DatasetDict
-
-    monkeypatch.chdir(tmp_path)
+def test_test_prompts_are_drawn_by_seed(tmp_path):
     rows = [{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)]
-    DatasetDict(test=Dataset.from_list(rows)).save_to_disk("summarize_from_feedback")
-    prompts, references, template = load_prompts(Settings(num_prompts=10))
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
+
+    def draw(num_prompts: int, seed: int = 42) -> tuple:
+        return load_prompts(str(tmp_path / "data"), None, num_prompts, seed)
+
+    prompts, references, template = draw(10)
     assert len(prompts) == 10 and template == "{post}"
     assert [" r" + prompt[1:] for prompt in prompts] == references
-    assert load_prompts(Settings(num_prompts=10))[0] == prompts
-    assert load_prompts(Settings(num_prompts=10, seed=1))[0] != prompts
-    assert len(load_prompts(Settings(num_prompts=0))[0]) == 50
+    assert draw(10)[0] == prompts != draw(10, seed=1)[0]
+    assert len(draw(0)[0]) == 50
 
 
 def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    claim_directory(Settings(k=10), ["p"], {})
+
+    def refused(*claim) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            claim_directory(*claim)
+        error = capsys.readouterr().err
+        assert_one_error(stopped.value.code, error)
+        return error
+
+    claim_directory({"k": 10}, {"a": "1"}, ["ARGS"], False)
     Path("generation_args.json").write_text("[]")
-    claim_directory(Settings(k=10, methods=["PARGS"]), ["p"], {})
-    with pytest.raises(SystemExit) as stopped:
-        claim_directory(Settings(k=5), ["p"], {})
-    assert stopped.value.code == 2
-    assert "k (was 10, is 5)" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        claim_directory(Settings(k=10), ["other prompts"], {})
-    assert "prompts_digest" in capsys.readouterr().err
-
+    claim_directory({"k": 10}, {"b": "2"}, ["PARGS"], False)  # another method's model
+    assert "k (was 10, is 5)" in refused({"k": 5}, {}, ["ARGS"], False)
+    assert "the model 'a' (it was trained" in refused({"k": 10}, {"a": "3"}, ["ARGS"], False)
     Path("decoding_settings.json").rename("elsewhere.json")
-    with pytest.raises(SystemExit):
-        claim_directory(Settings(k=10), ["p"], {})
-    assert "unknown settings" in capsys.readouterr().err
+    assert "unknown settings" in refused({"k": 10}, {}, ["ARGS"], False)
 
-    claim_directory(Settings(k=5, overwrite=True), ["p"], {})
+    Path("elsewhere.json").rename("decoding_settings.json")
+    Path("generation_pargs.json").write_text("[]")
+    claim_directory({"k": 10}, {}, ["PARGS"], True)  # the named method alone
+    assert [path.name for path in Path().glob("generation_*")] == ["generation_args.json"]
+    claim_directory({"k": 5}, {}, ["PARGS"], True)
     assert not Path("generation_args.json").exists()
     assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
 
 
 def test_end_tokens_are_those_of_the_policy(small_models):
-    policy = load_policy(small_models["llama"], PARGS_baselines.torch.float32, "cpu")
+    policy = load_policy(small_models["llama"], torch.float32, "cpu")
     assert policy.eos_ids == {policy.tokenizer.eos_token_id}

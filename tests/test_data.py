@@ -1,51 +1,51 @@
 """Stage 1: formatting, dropping, the prefix entries, and that what is trained on is what decoding asks."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import reward_scoring
 import tldr_data_process
 import tldr_data_process_partial
-from conftest import ROOT, STAGES, comparison, hub_rows, hub_test_rows, write_hub_data
+from conftest import assert_one_error, comparison, hub_rows, hub_test_rows, write_hub_data
 from datasets import Dataset, DatasetDict, load_from_disk
-from pair_frame import causal_frame, pair_frame
 from prefix_entries import expand_entries
-from reward_scoring import Written, encode_written
-from text_encoding import decode_texts, encode_prompts, encode_responses, encode_texts
 from transformers import AutoTokenizer
 
+from pargs.encoding import decode_texts, encode_prompts, encode_responses, encode_texts
+from pargs.models import RewardModel
+from pargs.prefixes import PairFrame, make_frame, prefix_texts
+from pargs.scoring import Continuation, encode_continuations
+
 TEMPLATE = "POST: {post}\nTL;DR:"
+SHORT_PAIR = {"prompt": "POST: keys\nTL;DR:", "chosen": " my sister", "rejected": " am i wrong ?"}
 
 
 def run_main(module, monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
     module.main()
 
 
-def read_error(capsys) -> str:
-    """The one line that a failing script leaves, without the progress bars."""
-    lines = [line for line in capsys.readouterr().err.split("\n") if "error:" in line]
-    assert len(lines) == 1
-    return lines[0][lines[0].index("error:") :]
+def refuse(call_main, module, *arguments: str) -> str:
+    """Run a script's main, which must end in one error and write nothing; what it says."""
+    before = sorted(Path().rglob("*"))
+    status, said = call_main(module, *arguments)
+    assert_one_error(status, said)
+    assert sorted(Path().rglob("*")) == before
+    return said
+
+
+def write_pairs(rows: list[dict], notes: str = json.dumps({"template": TEMPLATE})) -> None:
+    """What the first script writes, with the same rows for training and validation."""
+    data = DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")})
+    data.save_to_disk("summarize_from_feedback")
+    Path("summarize_from_feedback/processing.json").write_text(notes, errors="surrogatepass")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "helper", ["text_encoding.py", "pair_frame.py", "training_setup.py", "script_settings.py"]
-)
-def test_stages_keep_equal_copies(helper):
-    """A stage imports nothing of another, so what two stages must do alike is the same file twice."""
-    copies = [ROOT / stage / helper for stage in STAGES if (ROOT / stage / helper).exists()]
-    assert len(copies) > 1
-    assert len({copy.read_text() for copy in copies}) == 1
 
 
 # tldr_data_process.py
@@ -105,46 +105,29 @@ def test_two_folders_of_one_name_are_two_datasets(here, monkeypatch):
     assert one["train"]["prompt"][:] != two["train"]["prompt"][:]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"choice": 2}, "row 1 of split 'train': `choice` is 2"),
-        ({"choice": None}, "row 1 of split 'train': `choice` is None"),
-        ({"info": None}, "row 1 of split 'train' has no usable field"),
-        ({"summaries": [{"text": "one", "policy": "p", "note": None}]}, "row 1 of split 'train'"),
-    ],
-)
-def test_bad_row_is_named(here, monkeypatch, capsys, change, said):
-    rows = hub_rows(3, 1)
-    rows[1] |= change
-    write_hub_data(here, rows, hub_rows(2, 1), hub_test_rows(3, 2))
-    with pytest.raises(SystemExit) as stopped:
-        run_main(tldr_data_process, monkeypatch)
-    assert stopped.value.code == 2
-    assert said in read_error(capsys)
-    assert not (here / "summarize_from_feedback").exists()
-
-
-def test_missing_column_and_bad_test_post_are_named(here, monkeypatch, capsys):
+def test_missing_column_bad_test_post_source_and_template_are_named(here, call_main):
     rows = [{key: value for key, value in row.items() if key != "choice"} for row in hub_rows(3, 1)]
     write_hub_data(here, rows, rows, hub_test_rows(3, 2))
-    with pytest.raises(SystemExit):
-        run_main(tldr_data_process, monkeypatch)
-    assert "row 0 of split 'train' has no usable field 'choice'" in read_error(capsys)
-
-    with pytest.raises(ValueError, match="row 7 of the test posts"):
+    for arguments, said in (
+        ([], "row 0 of split 'train' has no usable field 'choice'"),
+        (["--comparisons", "no/such/folder"], "cannot load 'no/such/folder'"),
+        (
+            ["--comparisons", "CarperAI/openai_summarize_tldr"],
+            "no parquet copy of configuration 'comparisons'",
+        ),
+        (["--template", "no post"], "--template must hold {post}"),
+    ):
+        assert said in refuse(call_main, tldr_data_process, *arguments)
+    with pytest.raises(tldr_data_process.UnusableRow, match="row 7 of the test posts"):
         tldr_data_process.prompt_from_test_post({"prompt": "no marks", "label": "x"}, 7, TEMPLATE)
 
 
-def test_missing_source_and_bad_template_fail_clearly(here, monkeypatch, capsys):
-    for arguments, said in (
-        (["--comparisons", "no/such/folder"], "cannot load"),
-        (["--template", "no post"], "--template must hold {post}"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            run_main(tldr_data_process, monkeypatch, *arguments)
-        assert stopped.value.code == 2
-        assert said in read_error(capsys)
+def test_a_mistake_of_ours_ends_in_its_traceback(here, monkeypatch):
+    write_hub_data(here, hub_rows(3, 1), hub_rows(2, 1), hub_test_rows(3, 2))
+    monkeypatch.setattr(tldr_data_process, "format_prompt", lambda post, template: template.index("nowhere"))
+    with pytest.raises(ValueError, match="substring not found"):
+        run_main(tldr_data_process, monkeypatch)
+    assert sorted(path.name for path in here.iterdir()) == ["CarperAI", "openai"]
 
 
 # Special tokens
@@ -177,26 +160,20 @@ def test_special_tokens_of_the_template_are_live(tokenizers):
 # tldr_data_process_partial.py
 
 
-def write_pairs(rows: list[dict], template: str = TEMPLATE) -> None:
-    data = DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")})
-    data.save_to_disk("summarize_from_feedback")
-    with open("summarize_from_feedback/processing.json", "w") as file:
-        json.dump({"template": template}, file)
-
-
 def make_entries(monkeypatch, reward_model: str, *arguments: str) -> tuple[Dataset, dict]:
+    """The entries that training reads, and the notes beside them."""
     run_main(tldr_data_process_partial, monkeypatch, "--reward_model", reward_model, *arguments)
     folder = "summarize_from_feedback_partial"
-    how = json.loads(Path(folder, "processing.json").read_text())
-    pairs = load_from_disk(f"{folder}/pairs")["train"]
+    notes = json.loads(Path(folder, "processing.json").read_text())
+    pairs, frame = load_from_disk(f"{folder}/pairs")["train"], PairFrame(**notes["frame"])
     entries = load_from_disk(folder)["train"]
-    return entries.with_transform(lambda batch: expand_entries(batch, pairs=pairs, frame=how["frame"])), how
+    return entries.with_transform(lambda batch: expand_entries(batch, pairs=pairs, frame=frame)), notes
 
 
 def test_prefix_entries_of_a_short_pair_by_hand(here, monkeypatch, small_models):
     """Two tokens against four: four entries, the shorter side whole from the second one on."""
-    write_pairs([{"prompt": "POST: keys\nTL;DR:", "chosen": " my sister", "rejected": " am i wrong ?"}])
-    entries, how = make_entries(monkeypatch, small_models["bert"])
+    write_pairs([SHORT_PAIR])
+    entries, notes = make_entries(monkeypatch, small_models["bert"])
     tokenizer = AutoTokenizer.from_pretrained(small_models["bert"])
     words = {
         word: tokenizer.convert_tokens_to_ids(word) for word in ("my", "sister", "am", "i", "wrong", "?")
@@ -217,19 +194,19 @@ def test_prefix_entries_of_a_short_pair_by_hand(here, monkeypatch, small_models)
             assert entry[f"{side}_token_type_ids"] == [0] * (len(prompt) + 2) + [1] * (len(response) + 1)
             assert entry[f"{side}_attention_mask"] == [1] * (len(prompt) + len(response) + 3)
         assert entry["quarter"] == at
-    assert how["causal"] is False and how["segment_ids"] is True
+    assert notes["causal"] is False and notes["segment_ids"] is True
 
 
 def test_causal_entries_end_with_one_eos_only_when_finished(here, monkeypatch, small_models):
     write_pairs([{"prompt": "POST: keys\nTL;DR:", "chosen": " my", "rejected": " my sister sold my bike"}])
-    entries, how = make_entries(monkeypatch, small_models["gpt2-reward"])
+    entries, notes = make_entries(monkeypatch, small_models["gpt2-reward"])
     tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2-reward"])
     prompt = tokenizer("POST: keys\nTL;DR:")["input_ids"]
     responses = {
         "chosen": tokenizer(" my")["input_ids"] + [tokenizer.eos_token_id],
         "rejected": tokenizer(" my sister sold my bike")["input_ids"] + [tokenizer.eos_token_id],
     }
-    assert how["causal"] is True
+    assert notes["causal"] is True
     assert len(entries) == len(responses["rejected"])
     for at in range(len(entries)):
         for side, response in responses.items():
@@ -249,13 +226,17 @@ def test_trained_inputs_are_the_inputs_decoding_asks(here, monkeypatch, small_mo
             "chosen": " my sister sold it",
             "rejected": " who shouts all night?",
         },
+        # The accent is a token of its own, and a prefix that ends before it is encoded otherwise.
+        {"prompt": "POST: keys\nTL;DR:", "chosen": " can't e\u0301x", "rejected": " no"},
     ]
     write_pairs(rows)
     name = small_models[reward_name]
-    entries, how = make_entries(monkeypatch, name, "--num_comparisons", "0")
+    entries, notes = make_entries(monkeypatch, name, "--num_comparisons", "0")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    frame = causal_frame(tokenizer) if how["causal"] else pair_frame(tokenizer)
-    reward_model = reward_scoring.RewardModel(name, None, tokenizer, frame, how["causal"], 256, 1000)
+    reencoded = load_from_disk("summarize_from_feedback_partial/pairs")["train"]["chosen_reencoded"]
+    assert any(reencoded) == (reward_name == "deberta")
+    frame = make_frame(tokenizer, notes["causal"])
+    reward_model = RewardModel(name, None, tokenizer, frame, notes["causal"], 256, 1000)
 
     table = load_from_disk("summarize_from_feedback_partial")["train"]
     for at in range(len(table)):
@@ -263,22 +244,21 @@ def test_trained_inputs_are_the_inputs_decoding_asks(here, monkeypatch, small_mo
         (prompt_ids,) = encode_prompts(tokenizer, [row["prompt"]], TEMPLATE)
         for side in ("chosen", "rejected"):
             (whole,) = encode_responses(tokenizer, [row["prompt"]], [row[side]])
-            if not how["causal"]:
+            if not notes["causal"]:
                 (whole,) = encode_texts(tokenizer, [row[side]])
-            finished = length > len(whole) if how["causal"] else length >= len(whole)
-            if how["causal"] or finished:
+            finished = length > len(whole) if notes["causal"] else length >= len(whole)
+            if notes["causal"] or finished:
                 # The policy wrote these very ids; an encoder reads the whole text.
-                written = Written(row[side], finished, whole[:length] if how["causal"] else None)
+                continuation = Continuation(row[side], finished, whole[:length] if notes["causal"] else None)
             else:
-                text = tldr_data_process_partial.prefix_texts(tokenizer, row[side], whole)[length - 1]
-                written = Written(text, False)
-            (response_ids,) = encode_written(reward_model, [row["prompt"]], [written])
+                continuation = Continuation(prefix_texts(tokenizer, row[side], whole)[length - 1], False)
+            (response_ids,) = encode_continuations(reward_model, [row["prompt"]], [continuation])
 
             assert entries[at][f"{side}_input_ids"] == frame.ids(prompt_ids, response_ids)
             assert entries[at][f"{side}_token_type_ids"] == frame.segments(prompt_ids, response_ids)
             # A unigram tokenizer finds `[SEP]` among its pieces even where it is asked not to.
             if reward_name == "bert" or (reward_name == "deberta" and table[at]["pair"] == 1):
-                pair = tokenizer([row["prompt"]], [written.text], split_special_tokens=True)
+                pair = tokenizer([row["prompt"]], [continuation.text], split_special_tokens=True)
                 assert entries[at][f"{side}_input_ids"] == pair["input_ids"][0]
                 if "token_type_ids" in pair:
                     assert entries[at][f"{side}_token_type_ids"] == pair["token_type_ids"][0]
@@ -289,26 +269,25 @@ def test_prefix_text_is_what_a_policy_would_have_written(tokenizers):
     response = " my 🙂 keys"
     ids = encode_texts(wordpiece, [response])[0]
     assert wordpiece.unk_token_id in ids
-    texts = tldr_data_process_partial.prefix_texts(wordpiece, response, ids)
+    texts = prefix_texts(wordpiece, response, ids)
     assert "[UNK]" not in "".join(texts) and texts[ids.index(wordpiece.unk_token_id)].endswith("🙂")
 
     for kind in ("bpe", "unigram"):
         ids = encode_texts(tokenizers[kind], [" my sister sold my bike"])[0]
-        texts = tldr_data_process_partial.prefix_texts(tokenizers[kind], " my sister sold my bike", ids)
+        texts = prefix_texts(tokenizers[kind], " my sister sold my bike", ids)
         assert all(" my sister sold my bike".startswith(text) and text[0] == " " for text in texts)
 
 
-def test_long_entries_are_dropped_and_counted(here, monkeypatch, small_models, capsys):
-    write_pairs([{"prompt": "POST: keys\nTL;DR:", "chosen": " my sister", "rejected": " am i wrong ?"}])
+def test_long_entries_are_dropped_and_counted(here, monkeypatch, small_models, capsys, call_main):
+    write_pairs([SHORT_PAIR])
     tokenizer = AutoTokenizer.from_pretrained(small_models["bert"])
     prompt = len(tokenizer("POST: keys\nTL;DR:", add_special_tokens=False)["input_ids"])
     entries, _ = make_entries(monkeypatch, small_models["bert"], "--max_length", str(prompt + 3 + 3))
     assert [len(entries[at]["rejected_input_ids"]) - prompt - 3 for at in range(len(entries))] == [1, 2, 3]
     assert "1 too long and dropped" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit):
-        make_entries(monkeypatch, small_models["bert"], "--max_length", "4")
-    assert "fits into --max_length 4" in read_error(capsys)
+    flags = ["--reward_model", small_models["bert"], "--max_length", "4"]
+    assert "fits into --max_length 4" in refuse(call_main, tldr_data_process_partial, *flags)
 
 
 def test_number_of_comparisons_and_seed(here, monkeypatch, small_models):
@@ -327,32 +306,15 @@ def test_number_of_comparisons_and_seed(here, monkeypatch, small_models):
     assert len(pairs("--num_comparisons", "0")) == 30
 
 
-def test_missing_pairs_name_the_command(here, monkeypatch, small_models, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_main(tldr_data_process_partial, monkeypatch, "--reward_model", small_models["bert"])
-    assert stopped.value.code == 2
-    assert "make it with `python DataProcess/tldr_data_process.py`" in read_error(capsys)
-
-
-def test_unwritable_output_leaves_nothing(here, monkeypatch, small_models, capsys):
-    write_pairs([{"prompt": "POST: keys\nTL;DR:", "chosen": " my sister", "rejected": " no"}])
+def test_missing_pairs_wrong_numbers_and_an_unwritable_output_are_named(here, small_models, call_main):
+    flags = ["--reward_model", small_models["bert"]]
+    for arguments, said in (
+        ([], "make it with `python DataProcess/tldr_data_process.py`"),
+        (["--num_comparisons", "-1"], "--num_comparisons should be greater than or equal to 0, not -1"),
+        (["--max_length", "0"], "--max_length should be greater than 0, not 0"),
+    ):
+        assert said in refuse(call_main, tldr_data_process_partial, *flags, *arguments)
+    write_pairs([SHORT_PAIR])
     (here / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as stopped:
-        run_main(
-            tldr_data_process_partial,
-            monkeypatch,
-            "--reward_model",
-            small_models["bert"],
-            "--output",
-            "file/dataset",
-        )
-    assert stopped.value.code == 2
-    assert "cannot write" in read_error(capsys)
-
-
-def test_scripts_explain_themselves():
-    for script in ("tldr_data_process.py", "tldr_data_process_partial.py"):
-        shown = subprocess.run(
-            [sys.executable, ROOT / "DataProcess" / script, "--help"], capture_output=True, text=True
-        )
-        assert shown.returncode == 0 and "--output" in shown.stdout
+    said = refuse(call_main, tldr_data_process_partial, *flags, "--output", "file/dataset")
+    assert "cannot write 'file/dataset'" in said

@@ -2,37 +2,27 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
+import PARGS_baselines
 import pytest
-import reward_scoring
 import torch
-from conftest import ROOT, save
+from conftest import ROOT, save, write_prompts
+from final_rewards import finished_responses, pick_best, score_finished
+from guides import CachedGuide, RereadingGuide, make_guide
 from PARGS_baselines import (
     METHODS,
-    Row,
     Settings,
     choose,
     decode_method,
     decode_wave,
-    evaluate,
-    finished_responses,
-    load_policy,
-    make_guide,
-    pick_best,
     run_method,
     top_candidates,
     uniform,
 )
-from reference import assert_same_tokens, reference_response, reference_reward
-from reward_scoring import (
-    CachedGuide,
-    RereadingGuide,
-    Written,
-    fit_pair,
-    load_reward_model,
-    micro_batch_size,
-    score_pairs,
-)
+from reference import Reference, assert_same_tokens
+from responses import Response
+from run_models import get_policy, get_reward_model
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -45,7 +35,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pargs import scoring
+from pargs.models import Policy, RewardModel, load_reward_model
+from pargs.runs import (
+    Method,
+    generation_path,
+    read_generations,
+    read_methods,
+    read_traces,
+    trace_path,
+)
+from pargs.scoring import Continuation, fit_pair, micro_batch_size, score_pairs
+
 TEMPLATE = "POST: {post}\nTL;DR:"
+CPU = torch.device("cpu")
 PAIRS = [
     ("gpt2", "deberta"),
     ("llama", "bert"),
@@ -53,8 +56,10 @@ PAIRS = [
     ("llama", "llama-reward"),
     ("words", "bert"),
     ("words", "words-reward"),
+    ("words", "gpt2-reward"),  # decoder-only, with other ids
     ("demo", "demo-deberta"),
 ]
+FAST_PAIRS = [("gpt2", "deberta"), ("words", "words-reward"), ("words", "gpt2-reward")]
 
 
 @pytest.fixture(scope="session")
@@ -71,16 +76,8 @@ def word_models(tmp_path_factory) -> dict[str, str]:
     tokenizer.model_max_length = 128
 
     torch.manual_seed(1)
-    config = {
-        "vocab_size": 8,
-        "n_embd": 16,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_positions": 128,
-        "initializer_range": 0.4,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
+    shape = {"vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    config = {**shape, "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0}
     reward_config = GPT2Config(**config, num_labels=1, pad_token_id=0)
     return {
         "words": save(GPT2LMHeadModel(GPT2Config(**config)), tokenizer, root / "policy"),
@@ -95,190 +92,126 @@ def folders(small_models, word_models) -> dict[str, str]:
     return {**small_models, **word_models, **trained}
 
 
+@pytest.fixture(scope="session")
+def reference(folders):
+    """`reference(policy, reward)`: the plain loop with these models."""
+    return cache(
+        lambda policy, reward: Reference.load(folders[policy], folders[reward], reward.endswith("-reward"))
+    )
+
+
 def make_settings(folders, policy="gpt2", reward="deberta", **changes) -> Settings:
     names = {
-        "policy": folders[policy],
-        "dpo_policy": folders[policy],
-        "ppo_policy": folders[policy],
-        "full_reward_model": folders[reward],
-        "partial_reward_model": folders[reward],
+        **dict.fromkeys(("policy", "dpo_policy", "ppo_policy"), folders[policy]),
+        **dict.fromkeys(("full_reward_model", "partial_reward_model"), folders[reward]),
     }
     return Settings(**{"k": 5, "max_new_tokens": 10, "best_of": 4, **names, **changes})
 
 
-def write(method: str, prompts: list[str], settings: Settings) -> dict[str, tuple[list[int], str]]:
-    rows, _ = decode_method(method, prompts, TEMPLATE, settings)
-    return {row.prompt: (row.ids, row.finish_reason) for row in rows}
+def decode(method: str, prompts: list[str], settings: Settings) -> list[Response]:
+    return decode_method(method, prompts, TEMPLATE, settings).responses
+
+
+def compare_with_reference(method: str, prompts: list[str], settings: Settings, plain: Reference) -> int:
+    """Every response is the reference's, token for token; returns how many tokens were compared."""
+    how, eos = METHODS[method](settings), plain.tokenizer.eos_token_id
+    compared = 0
+    for response in decode(method, prompts, settings):
+
+        def drawn(step: int, prompt: str = response.prompt) -> float:
+            return uniform(settings.seed, method, prompt, 0, step)
+
+        uniforms = None if how.greedy else drawn
+        steps = plain.write(response.prompt, settings.k, settings.max_new_tokens, how.weight, uniforms, eos)
+        compared += assert_same_tokens(steps, response.ids, eos, response.finish_reason == "eos")
+    return compared
+
+
+def guided_policy(settings: Settings) -> tuple[Policy, RewardModel, RereadingGuide | CachedGuide]:
+    policy = get_policy(settings.policy, settings)
+    reward_model = get_reward_model(settings.full_reward_model, settings)
+    return policy, reward_model, make_guide(reward_model, policy, TEMPLATE, settings.max_new_tokens)
+
+
+def load(folders, name: str) -> RewardModel:
+    return load_reward_model(folders[name], torch.float32, CPU, token_budget=10_000)
+
+
+# Token for token
 
 
 @pytest.mark.parametrize("method", ["ARGS", "PARGS-G", "PARGS", "TOP-K"])
-@pytest.mark.parametrize(("policy_name", "reward_name"), PAIRS)
-def test_fast_path_writes_the_reference_tokens(folders, prompts, policy_name, reward_name, method):
-    settings = make_settings(folders, policy_name, reward_name)
-    written = write(method, prompts, settings)
-
-    how = METHODS[method]
-    policy = AutoModelForCausalLM.from_pretrained(folders[policy_name]).eval()
-    policy_tokenizer = AutoTokenizer.from_pretrained(folders[policy_name])
-    reward_model = AutoModelForSequenceClassification.from_pretrained(folders[reward_name]).eval()
-    compared = 0
-    for prompt in prompts:
-        steps = reference_response(
-            policy,
-            policy_tokenizer,
-            prompt,
-            settings.k,
-            settings.max_new_tokens,
-            eos=policy_tokenizer.eos_token_id,
-            reward_model=reward_model if how.guide else None,
-            reward_tokenizer=AutoTokenizer.from_pretrained(folders[reward_name]),
-            causal=reward_name.endswith("-reward"),
-            weight=getattr(settings, how.weight) if how.weight else 0.0,
-            uniforms=None
-            if how.greedy
-            else lambda step, prompt=prompt: uniform(settings.seed, method, prompt, 0, step),
-        )
-        ids, reason = written[prompt]
-        compared += assert_same_tokens(steps, ids, policy_tokenizer.eos_token_id, reason == "eos")
-    assert compared > 2 * len(prompts)
+@pytest.mark.parametrize(
+    ("policy_name", "reward_name"),
+    [pytest.param(*pair, marks=[] if pair in FAST_PAIRS else pytest.mark.slow) for pair in PAIRS],
+)
+def test_fast_path_writes_the_reference_tokens(folders, prompts, reference, policy_name, reward_name, method):
+    settings, plain = make_settings(folders, policy_name, reward_name), reference(policy_name, reward_name)
+    assert compare_with_reference(method, prompts, settings, plain) > 2 * len(prompts)
 
 
 def test_guides_are_chosen_by_the_reward_model(folders):
     for policy_name, reward_name in PAIRS:
-        settings = make_settings(folders, policy_name, reward_name)
-        policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
-        guide = make_guide(METHODS["ARGS"], policy, TEMPLATE, settings)
-        assert type(guide) is (CachedGuide if reward_name.endswith("-reward") else RereadingGuide)
+        *_, guide = guided_policy(make_settings(folders, policy_name, reward_name))
+        shared = reward_name.endswith("-reward") and (policy_name, reward_name) != ("words", "gpt2-reward")
+        assert type(guide) is (CachedGuide if shared else RereadingGuide)
 
 
 @pytest.mark.parametrize("method", ["ARGS", "PARGS", "BESTN", "TOP-K"])
-@pytest.mark.parametrize(("policy_name", "reward_name"), [("gpt2", "deberta"), ("words", "words-reward")])
+@pytest.mark.parametrize(
+    ("policy_name", "reward_name"),
+    [pytest.param("gpt2", "deberta", marks=pytest.mark.slow), ("words", "words-reward")],
+)
 def test_tokens_do_not_depend_on_company(folders, prompts, policy_name, reward_name, method):
-    def responses(prompts, **changes):
+    def written(prompts, **changes):
         settings = make_settings(folders, policy_name, reward_name, **changes)
-        rows, _ = decode_method(method, prompts, TEMPLATE, settings)
-        return sorted((row.prompt, row.sample, row.ids) for row in rows)
+        return sorted((each.prompt, each.sample, each.ids) for each in decode(method, prompts, settings))
 
-    together = responses(prompts)
-    assert responses(prompts[::-1]) == together
-    assert responses(prompts, cache_gb=1e-9) == together  # one prompt a wave
-    assert responses(prompts, token_budget=1) == together  # one sequence a micro-batch
-    alone = responses(prompts[2:3])
+    together = written(prompts)
+    assert written(prompts[::-1]) == together
+    assert written(prompts, cache_gb=1e-9) == together  # one prompt a wave
+    assert written(prompts, token_budget=1) == together  # one sequence a micro-batch
+    alone = written(prompts[2:3])
     assert alone and all(response in together for response in alone)
 
 
 def test_a_device_map_changes_nothing_on_one_device(folders, prompts):
     settings = make_settings(folders, "gpt2", "gpt2-reward")
-    assert write("PARGS", prompts, replace(settings, device_map="auto")) == write("PARGS", prompts, settings)
+    assert decode("PARGS", prompts, replace(settings, device_map="auto")) == decode(
+        "PARGS", prompts, settings
+    )
 
 
-def test_causal_reward_model_without_shared_ids_rereads_text(folders, prompts):
-    settings = make_settings(folders, "words", "gpt2-reward", max_new_tokens=4)
-    written = write("ARGS", prompts[:2], settings)
-
-    policy_tokenizer = AutoTokenizer.from_pretrained(folders["words"])
-    policy = AutoModelForCausalLM.from_pretrained(folders["words"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folders["gpt2-reward"])
-    model = AutoModelForSequenceClassification.from_pretrained(folders["gpt2-reward"]).eval()
-    for prompt in prompts[:2]:
-        ids, reason = written[prompt]
-        prompt_ids = policy_tokenizer(prompt)["input_ids"]
-        log_probs = policy(torch.tensor([prompt_ids])).logits[0, -1].log_softmax(-1)
-        scores = {}
-        for token in log_probs.topk(settings.k).indices.tolist():
-            end = [tokenizer.eos_token_id] if token == policy_tokenizer.eos_token_id else []
-            text = "" if end else policy_tokenizer.decode([token])
-            inputs = torch.tensor([tokenizer(prompt + text)["input_ids"] + end])
-            hidden = model.transformer(inputs).last_hidden_state[0, -1]
-            scores[token] = (log_probs[token] + model.score(hidden)[0]).item()
-        assert max(scores, key=scores.get) == [*ids, policy_tokenizer.eos_token_id][0]
-
-
-def test_a_candidate_that_ends_the_response_is_scored_as_finished(folders, prompts):
-    """Also where the text is read afresh: with the EOS of the reward model's own tokenizer."""
-    settings = make_settings(folders, "words", "gpt2-reward")
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
-    guide = make_guide(METHODS["ARGS"], policy, TEMPLATE, settings)
-    guide.begin(prompts[:1])
-    eos, bike, dog = policy.tokenizer.convert_tokens_to_ids(["<eos>", "bike", "dog"])
-    rewards = guide.score([[bike]], [[eos, dog]], torch.tensor([[eos, dog]]))[0].tolist()
-
-    model = AutoModelForSequenceClassification.from_pretrained(folders["gpt2-reward"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folders["gpt2-reward"])
-    start = tokenizer(prompts[0])["input_ids"]
-    responses = tokenizer("bike")["input_ids"] + [tokenizer.eos_token_id], tokenizer("bikedog")["input_ids"]
-    for reward, response in zip(rewards, responses, strict=True):
-        ids = start + response
-        hidden = model.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
-        assert reward == pytest.approx(model.score(hidden).item(), abs=1e-4)
-
-
-def test_running_out_of_memory_halves_the_micro_batch(folders, prompts, monkeypatch, capsys):
-    """No GPU here: reading more than two sequences at once is made to fail as it does there."""
-    reward_model = load_reward_model(folders["bert"], torch.float32, torch.device("cpu"), token_budget=10**6)
-    pairs = [[5, 6, 7]] * 9, [[8 + at, 9] for at in range(9)]
-    expected = score_pairs(reward_model, *pairs, reserved=4)
-    whole, most = reward_scoring.read_batch, 2
-
-    def read_few(reward_model, inputs, segments):
-        if len(inputs) > most:
-            raise torch.cuda.OutOfMemoryError
-        return whole(reward_model, inputs, segments)
-
-    monkeypatch.setattr(reward_scoring, "read_batch", read_few)
-    torch.testing.assert_close(score_pairs(reward_model, *pairs, reserved=4), expected, rtol=0, atol=1e-5)
-    most = 0
-    with pytest.raises(SystemExit):
-        score_pairs(reward_model, *pairs, reserved=4)
-    assert "runs out of memory" in capsys.readouterr().err
-
-
-def test_a_guide_that_leaves_no_room_for_the_prompt_is_refused(folders, capsys):
-    settings = make_settings(folders, "gpt2", "bert")
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
-    with pytest.raises(SystemExit):
-        make_guide(METHODS["ARGS"], policy, TEMPLATE, replace(settings, max_new_tokens=253))
-    assert "no prompt fits beside --max_new_tokens" in capsys.readouterr().err
-
-
-# The distribution of a sampled token
+# Choosing a token
 
 
 @pytest.mark.parametrize(("method", "weight"), [("PARGS", 2.0), ("TOP-K", 0.0)])
 @pytest.mark.parametrize("k", [3, 50])
-def test_sampled_tokens_follow_the_tilted_distribution(folders, method, weight, k):
+def test_sampled_tokens_follow_the_tilted_distribution(folders, reference, method, weight, k):
     """k = 50 is more than the vocabulary of 8, so everything can be drawn."""
     prompt, draws = "POST: cat\nTL;DR:", 4000
     settings = make_settings(folders, "words", "words-reward", k=k, max_new_tokens=1)
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
+    policy, _, guide = guided_policy(settings)
     prompt_ids = policy.tokenizer(prompt)["input_ids"]
-    rows = [Row(prompt, prompt_ids, sample) for sample in range(draws)]
-    guide = make_guide(METHODS[method], policy, TEMPLATE, settings) if METHODS[method].guide else None
-    for _ in decode_wave(policy, rows, draws, settings, method, guide):
+    responses = [Response(prompt, prompt_ids, sample) for sample in range(draws)]
+    how = METHODS[method](settings)
+    for _ in decode_wave(method, how, policy, guide if how.guide else None, responses, settings):
         pass
 
-    reward_model = AutoModelForSequenceClassification.from_pretrained(folders["words-reward"]).eval()
-    log_probs = policy.model(torch.tensor([prompt_ids])).logits[0, -1].log_softmax(-1)
+    plain, eos = reference("words", "words-reward"), policy.tokenizer.eos_token_id
+    log_probs = plain.log_probs(prompt_ids)
     top = log_probs.topk(min(k, 8)).indices.tolist()
-    scores = torch.tensor(
-        [
-            log_probs[token].item()
-            + weight * reference_reward(reward_model, None, True, policy.tokenizer, prompt, [token])
-            for token in top
-        ]
-    )
-    expected = dict(zip(top, (scores.double().softmax(0) * draws).tolist(), strict=True))
+    scores = [log_probs[token].item() + weight * plain.reward(prompt, [token]) for token in top]
+    expected = dict(zip(top, (torch.tensor(scores).double().softmax(0) * draws).tolist(), strict=True))
 
-    eos = policy.tokenizer.eos_token_id
-    observed = Counter((row.ids or [eos])[0] for row in rows)
+    observed = Counter((response.ids or [eos])[0] for response in responses)
     assert set(observed) <= set(top)
     likely = [token for token in top if expected[token] >= 5]
     assert len(likely) >= 2
-    rest = draws - sum(expected[token] for token in likely)
-    counts = [observed[token] for token in likely] + [draws - sum(observed[token] for token in likely)]
-    expectations = [expected[token] for token in likely] + [rest]
-    if rest < 1e-6 * draws:
-        counts, expectations = counts[:-1], expectations[:-1]
+    counts, expectations = [observed[token] for token in likely], [expected[token] for token in likely]
+    if draws - sum(expectations) > 1e-6 * draws:  # the unlikely ones together
+        counts.append(draws - sum(counts))
+        expectations.append(draws - sum(expectations))
     scale = sum(counts) / sum(expectations)
     assert chisquare(counts, [value * scale for value in expectations]).pvalue > 1e-3
 
@@ -302,9 +235,6 @@ def test_choice_is_the_first_best_or_the_inverse_cdf():
     uniforms = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.9999999], dtype=torch.float64)
     assert choose(probabilities, uniforms).tolist() == [0, 0, 1, 1, 2]
 
-    broken = torch.tensor([[0.0, torch.nan, 1.0]], dtype=torch.float64)
-    assert choose(broken, None).tolist() == choose(broken, uniforms[:1]).tolist() == [-1]
-
 
 def test_uniform_numbers_belong_to_their_step():
     drawn = {
@@ -320,65 +250,90 @@ def test_uniform_numbers_belong_to_their_step():
     assert uniform(0, "PARGS", "a", 0, 0) == uniform(0, "PARGS", "a", 0, 0)
 
 
-# Best of n
-
-
-def test_best_of_n_samples_differ_and_the_best_is_kept(folders, prompts):
-    settings = make_settings(folders, "gpt2", "deberta", best_of=6)
-    rows, tokenizer = decode_method("BESTN", prompts, TEMPLATE, settings)
-    best = pick_best(rows, 6, tokenizer, TEMPLATE, settings)
-    assert [row.prompt for row in best] == prompts
-
-    reward_model = AutoModelForSequenceClassification.from_pretrained(folders["deberta"]).eval()
-    reward_tokenizer = AutoTokenizer.from_pretrained(folders["deberta"])
-    for group, winner in enumerate(best):
-        samples = rows[group * 6 : group * 6 + 6]
-        assert len({tuple(row.ids) for row in samples}) > 3
-        rewards = [
-            reference_reward(reward_model, reward_tokenizer, False, tokenizer, winner.prompt, row.ids)
-            for row in samples
-        ]
-        assert rewards[samples.index(winner)] == pytest.approx(max(rewards), abs=1e-5)
+@pytest.mark.parametrize(
+    ("broken", "weights", "value"),
+    [
+        ("gpt2-reward", "score.weight", torch.nan),
+        ("gpt2-reward", "score.weight", torch.inf),
+        ("gpt2", "transformer.ln_f.bias", torch.nan),
+    ],
+)
+def test_numbers_that_are_none_are_named_with_their_prompt(
+    folders, prompts, tmp_path, capsys, broken, weights, value
+):
+    auto = AutoModelForCausalLM if broken == "gpt2" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(folders[broken])
+    model.get_parameter(weights).data[:] = value
+    names = dict(folders, **{broken: save(model, AutoTokenizer.from_pretrained(folders[broken]), tmp_path)})
+    with pytest.raises(SystemExit) as stopped:
+        decode("PARGS", prompts[:1], make_settings(names, "gpt2", "gpt2-reward"))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "NaN or infinite" in message and repr(prompts[0]) in message
 
 
 # Rewards
 
 
 @pytest.mark.parametrize("reward_name", ["deberta", "bert", "gpt2-reward", "llama-reward"])
-def test_rewards_in_files_are_those_of_the_finished_response(folders, prompts, reward_name):
+def test_rewards_in_files_are_those_of_the_finished_response(folders, prompts, reference, reward_name):
     settings = make_settings(folders, "gpt2", reward_name)
-    results = run_method("TOP-K", prompts, TEMPLATE, settings)
-    alone = run_method("TOP-K", prompts[3:4], TEMPLATE, settings)
-    assert alone == results[3:4]
+    generations, *_ = run_method("TOP-K", prompts, TEMPLATE, settings)
+    alone, *_ = run_method("TOP-K", prompts[3:4], TEMPLATE, settings)
+    assert alone == generations[3:4]
 
-    model = AutoModelForSequenceClassification.from_pretrained(folders[reward_name]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folders[reward_name])
-    policy_tokenizer = AutoTokenizer.from_pretrained(folders["gpt2"])
-    rows, _ = decode_method("TOP-K", prompts, TEMPLATE, settings)
-    for row, result in zip(rows, results, strict=True):
-        causal = reward_name.endswith("-reward")
-        ids = row.ids + [policy_tokenizer.eos_token_id] * causal
-        expected = reference_reward(model, tokenizer, causal, policy_tokenizer, row.prompt, ids)
-        assert result["reward"] == pytest.approx(expected, abs=2e-4)
-        assert result["num_tokens"] == len(row.ids)
+    plain = reference("gpt2", reward_name)
+    for response, generation in zip(decode("TOP-K", prompts, settings), generations, strict=True):
+        finished = response.ids + [plain.tokenizer.eos_token_id] * plain.causal
+        assert generation.reward == pytest.approx(plain.reward(response.prompt, finished), abs=2e-4)
+        assert generation.num_tokens == len(response.ids)
+        assert generation.finish_reason == response.finish_reason
 
 
-def test_read_out_is_by_length_where_pad_is_eos(folders):
+def test_best_of_n_samples_differ_and_the_best_is_kept(folders, prompts, reference):
+    settings = make_settings(folders, "gpt2", "deberta", best_of=6)
+    plain, reward_model = reference("gpt2", "deberta"), get_reward_model(folders["deberta"], settings)
+    responses = decode("BESTN", prompts, settings)
+    best = pick_best(responses, 6, reward_model, plain.tokenizer, TEMPLATE, reserved=11)
+    assert [response.prompt for response in best] == prompts
+    for group, winner in enumerate(best):
+        samples = responses[group * 6 : group * 6 + 6]
+        assert len({tuple(sample.ids) for sample in samples}) > 3
+        rewards = [plain.reward(winner.prompt, sample.ids) for sample in samples]
+        assert rewards[samples.index(winner)] == pytest.approx(max(rewards), abs=1e-5)
+
+
+def test_read_out_is_by_length_where_pad_is_eos(folders, reference):
     """A batch of responses that end in EOS, padded with EOS: the reward is the one read at the EOS."""
-    reward_model = load_reward_model(
-        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=10_000
-    )
-    assert reward_model.tokenizer.pad_token_id in (None, reward_model.tokenizer.eos_token_id)
+    reward_model = load(folders, "gpt2-reward")
     eos = reward_model.tokenizer.eos_token_id
+    assert reward_model.tokenizer.pad_token_id in (None, eos)
     prompts, responses = [[5, 6, 7]] * 3, [[8, 9, eos], [8, eos], [8, 9]]
-    together = score_pairs(reward_model, prompts, responses, reserved=4)
-    for at in range(3):
-        alone = torch.tensor([prompts[at] + responses[at]])
-        hidden = reward_model.model.transformer(alone).last_hidden_state[0, -1]
-        torch.testing.assert_close(
-            together[at], reward_model.model.score(hidden)[0], rtol=0, atol=1e-4, check_dtype=False
-        )
-    assert len({round(reward, 3) for reward in together.tolist()}) == 3
+    rewards = score_pairs(reward_model, prompts, responses, reserved=4).tolist()
+    plain = reference("gpt2", "gpt2-reward")
+    expected = [plain.reward_of_ids(prompts[at] + responses[at]) for at in range(3)]
+    assert rewards == pytest.approx(expected, abs=1e-4)
+    assert len({round(reward, 3) for reward in rewards}) == 3
+
+
+def test_running_out_of_memory_halves_the_micro_batch(folders, monkeypatch, capsys):
+    """No GPU here: reading more than two sequences at once is made to fail as it does there."""
+    reward_model = load(folders, "bert")
+    pairs = [[5, 6, 7]] * 9, [[8 + at, 9] for at in range(9)]
+    expected = score_pairs(reward_model, *pairs, reserved=4)
+    whole, most = scoring.token_rewards, 2
+
+    def read_few(reward_model, inputs, segments):
+        if len(inputs) > most:
+            raise torch.cuda.OutOfMemoryError
+        return whole(reward_model, inputs, segments)
+
+    monkeypatch.setattr(scoring, "token_rewards", read_few)
+    torch.testing.assert_close(score_pairs(reward_model, *pairs, reserved=4), expected, rtol=0, atol=1e-5)
+    most = 0
+    with pytest.raises(SystemExit):
+        score_pairs(reward_model, *pairs, reserved=4)
+    assert "runs out of memory" in capsys.readouterr().err
 
 
 def test_micro_batches_hold_little_padding():
@@ -392,61 +347,121 @@ def test_micro_batches_hold_little_padding():
 
 def test_references_and_own_responses_are_encoded_alike(folders, prompts):
     """For a causal reward model, text given and the same text written by the policy score the same."""
-    settings = make_settings(folders, "gpt2", "gpt2-reward")
-    policy = load_policy(settings.policy, torch.float32, torch.device("cpu"))
-    reward_model = load_reward_model(
-        folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=1000
-    )
+    policy, reward_model, _ = guided_policy(make_settings(folders, "gpt2", "gpt2-reward"))
     text = " my sister sold my bike"
-    row = Row(prompts[0], [], 0, ids=policy.tokenizer(text)["input_ids"])
-    (own,) = finished_responses([row], reward_model, policy.tokenizer)
+    response = Response(prompts[0], [], 0, ids=policy.tokenizer(text)["input_ids"])
+    (own,) = finished_responses([response], reward_model, policy.tokenizer)
     assert own.ids is not None
-    given = Written(text, finished=True)
-    rewards = evaluate(reward_model, [prompts[0]] * 2, [own, given], TEMPLATE, reserved=11)
-    assert rewards[0] == rewards[1]
+    continuations = [own, Continuation(text, finished=True)]
+    own, given = score_finished(reward_model, [prompts[0]] * 2, continuations, TEMPLATE, 11, "own")
+    assert own == given
 
 
-def test_long_prompts_lose_their_beginning_and_keep_room(folders):
-    reward_model = load_reward_model(folders["bert"], torch.float32, torch.device("cpu"), token_budget=1000)
+def test_long_prompts_lose_their_beginning_and_keep_room(folders, capsys):
+    reward_model = load(folders, "bert")
     long = list(range(5, 305))
     room = 256 - reward_model.frame.num_special
-
-    def fit(prompt_ids, response_ids):
-        return fit_pair(reward_model, prompt_ids, response_ids, reserved=11)
-
-    assert fit(long, [1, 2, 3]) == (long[-(room - 11) :], [1, 2, 3])
-    assert fit(long, long[:40]) == (long[-(room - 40) :], long[:40])
-    assert fit(long[:20], [1, 2, 3]) == (long[:20], [1, 2, 3])
-    assert fit(long, long) == ([], long[:room])
-
-    causal = load_reward_model(folders["gpt2-reward"], torch.float32, torch.device("cpu"), token_budget=1000)
+    for pair, fitted in (
+        ((long, [1, 2, 3]), (long[-(room - 11) :], [1, 2, 3])),
+        ((long, long[:40]), (long[-(room - 40) :], long[:40])),
+        ((long[:20], [1, 2, 3]), (long[:20], [1, 2, 3])),
+        ((long, long), ([], long[:room])),
+    ):
+        assert fit_pair(reward_model, *pair, reserved=11) == fitted
+    causal = load(folders, "gpt2-reward")
     eos = [causal.tokenizer.eos_token_id]
     assert fit_pair(causal, long, long + eos, reserved=11) == ([], long[:255] + eos)
 
-    settings = make_settings(folders, "gpt2", "bert", max_new_tokens=3)
     post = "POST: " + "my sister sold my bike and " * 60 + "\nTL;DR:"
-    rows, _ = decode_method("ARGS", [post], TEMPLATE, settings)
-    assert len(rows[0].prompt_ids) == 256 - 3 and len(rows[0].ids) == 3
+    (response,) = decode("ARGS", [post], make_settings(folders, "gpt2", "bert", max_new_tokens=3))
+    assert len(response.prompt_ids) == 256 - 3 and len(response.ids) == 3
+    with pytest.raises(SystemExit):
+        guided_policy(make_settings(folders, "gpt2", "bert", max_new_tokens=253))
+    assert "no prompt fits beside --max_new_tokens" in capsys.readouterr().err
 
 
-def test_nan_reward_is_named_with_its_prompt(folders, prompts, tmp_path, capsys):
-    model = AutoModelForSequenceClassification.from_pretrained(folders["gpt2-reward"])
-    model.score.weight.data[:] = torch.nan
-    broken = save(model, AutoTokenizer.from_pretrained(folders["gpt2-reward"]), tmp_path / "broken")
-    settings = replace(make_settings(folders), partial_reward_model=broken)
-    with pytest.raises(SystemExit) as stopped:
-        decode_method("PARGS", prompts, TEMPLATE, settings)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert "NaN" in message and any(repr(prompt) in message for prompt in prompts)
+# What a run says of its methods
 
 
 def test_trace_holds_every_step(folders, prompts):
     settings = make_settings(folders, "gpt2", "deberta", trace=True)
-    rows, tokenizer = decode_method("PARGS", prompts[:2], TEMPLATE, settings)
-    for row in rows:
-        assert len(row.steps) == len(row.ids) + (row.finish_reason == "eos")
-        for step, token in zip(row.steps, row.ids, strict=False):
+    tokenizer = AutoTokenizer.from_pretrained(folders["gpt2"])
+    for response in decode("PARGS", prompts[:2], settings):
+        assert len(response.steps) == len(response.ids) + (response.finish_reason == "eos")
+        for step, token in zip(response.steps, response.ids, strict=False):
             assert step["tokens"][step["chosen"]] == tokenizer.decode([token])
             assert len(step["tokens"]) == len(step["log_probs"]) == len(step["rewards"]) == settings.k
             assert step["log_probs"] == sorted(step["log_probs"], reverse=True)
+
+
+def test_methods_are_kept_with_what_they_cost(folders, prompts, tmp_path, monkeypatch, call_main):
+    """Against a count of the other files: rows, steps of a trace, and the ids of each text."""
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "prompts", prompts)
+    policy, full, partial = (folders[name] for name in ("words", "words-reward", "bert"))
+    flags = ["--policy", policy, "--full_reward_model", full, "--partial_reward_model", partial]
+    flags += ["--prompts", "prompts", "--k", 8, "--best_of", 4, "--max_new_tokens", 20]
+    flags += ["--pargs_weight", 0.1, "--trace"]
+    status, output = call_main(PARGS_baselines, *flags, "--methods", "ARGS", "PARGS", "BESTN", "TOP-K")
+    assert status == 0, output
+
+    records = read_methods()
+    costs = {name: record.cost for name, record in records.items()}
+    assert {name: record.method for name, record in records.items()} == {
+        "ARGS": Method(policy=policy, guide=full, weight=1.0, greedy=True),
+        "PARGS": Method(policy=policy, guide=partial, weight=0.1),
+        "BESTN": Method(policy=policy, best_of=4, chooser=full),
+        "TOP-K": Method(policy=policy),
+    }
+    for record in records.values():
+        assert (record.k, record.max_new_tokens, record.reference_policy) == (8, 20, policy)
+        assert record.cost.seconds > 0 and record.cost.describe() in output
+    for name in ("ARGS", "PARGS", "TOP-K"):
+        rows = read_generations(generation_path(name))
+        assert (costs[name].responses, costs[name].tokens) == (7, sum(row.num_tokens for row in rows))
+    assert costs["TOP-K"].reward_calls == costs["TOP-K"].reward_tokens == 0
+
+    # A cached guide reads each prompt, then k candidates a step and, but at the first, the token before.
+    encode = AutoTokenizer.from_pretrained(policy)
+    prompt_ids = {prompt: encode(prompt)["input_ids"] for prompt in prompts}
+    steps = sum(len(trace.steps) for trace in read_traces(trace_path("ARGS")))
+    assert costs["ARGS"].reward_calls == 8 * steps
+    assert costs["ARGS"].reward_tokens == sum(map(len, prompt_ids.values())) + 9 * steps - len(prompts)
+
+    # Another one reads every text with its prompt; an EOS, which ends some responses, adds no text.
+    traces = read_traces(trace_path("PARGS"))
+    steps, read, pair = sum(len(trace.steps) for trace in traces), 0, AutoTokenizer.from_pretrained(partial)
+    for trace in traces:
+        prefix = []
+        for step in trace.steps:
+            continued = [prefix + encode.convert_tokens_to_ids([token]) for token in step.tokens]
+            texts = [encode.decode(ids, skip_special_tokens=True) for ids in continued]
+            read += sum(map(len, pair([trace.prompt] * 8, texts)["input_ids"]))
+            prefix = continued[step.chosen]
+    assert steps > costs["PARGS"].tokens
+    assert (costs["PARGS"].reward_calls, costs["PARGS"].reward_tokens) == (8 * steps, read)
+
+    # The chooser reads all samples, each with an EOS.
+    samples = decode(
+        "BESTN", prompts, make_settings(folders, "words", "words-reward", k=8, max_new_tokens=20)
+    )
+    tokens = sum(len(sample.ids) for sample in samples)
+    assert (costs["BESTN"].responses, costs["BESTN"].tokens) == (4 * 7, tokens)
+    read = sum(len(prompt_ids[sample.prompt]) + len(sample.ids) + 1 for sample in samples)
+    assert (costs["BESTN"].reward_calls, costs["BESTN"].reward_tokens) == (4 * 7, read)
+
+
+def test_a_guide_that_also_chooses_is_counted_once(folders, prompts, monkeypatch):
+    settings = make_settings(folders, "words", "words-reward", trace=True)
+    method = Method(
+        policy=settings.policy,
+        guide=settings.full_reward_model,
+        weight=1.0,
+        best_of=2,
+        chooser=settings.full_reward_model,
+    )
+    monkeypatch.setitem(METHODS, "BESTG", lambda settings: method)
+    samples = decode("BESTG", prompts, settings)
+    _, _, cost = run_method("BESTG", prompts, TEMPLATE, settings)
+    steps = sum(len(sample.steps) for sample in samples)
+    assert cost.reward_calls == settings.k * steps + len(samples)

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import themes
 import torch
+import true_quality as report
+from conftest import ROOT
 from datasets import DatasetDict, Features, List, Value, load_dataset
+from make_posts import DEFECTS, draw_story, facts_of, parse, write_post, write_summary
+from quality import WEIGHTS, share_said, true_quality
+from small_runs import CSV, half, overwrite, refuse, run_script, write_generations, write_references
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,13 +24,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-DEMO = Path(__file__).resolve().parents[1] / "demo"
-sys.path.insert(0, str(DEMO))
-
-import themes  # noqa: E402
-from make_posts import DEFECTS, draw_story, facts_of, parse, write_post, write_summary  # noqa: E402
-from quality import WEIGHTS, share_said, true_quality  # noqa: E402
-
+DEMO = ROOT / "demo"
 INFO = {name: Value("string") for name in ("id", "post", "title", "subreddit", "site", "article")}
 HUB_FEATURES = Features(
     {
@@ -196,55 +196,51 @@ def test_a_folder_that_is_a_file_is_one_message(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def judged(made: Path, tmp_path: Path) -> Path:
+def world(made: Path, tmp_path: Path) -> Path:
     """A run directory in which ARGS wrote the references and TOP-K nothing but a word."""
-    facts = (made / "data/demo_facts.json").read_text()
-    (tmp_path / "demo_facts.json").write_text(facts)
+    (tmp_path / "demo_facts.json").write_text((made / "data/demo_facts.json").read_text())
     test = pd.read_parquet(made / "data/CarperAI/openai_summarize_tldr/test.parquet")
     prompts = [f"POST: {prompt.partition('POST: ')[2]}" for prompt in test["prompt"]]
-    for name, results in (("args", test["label"]), ("top_k", ["Help."] * len(test))):
-        rows = [{"prompt": p, "result": f" {r}"} for p, r in zip(prompts, results, strict=True)]
-        (tmp_path / f"generation_{name}.json").write_text(json.dumps(rows))
-
+    write_generations(tmp_path, "ARGS", [f" {label}" for label in test["label"]], prompts)
+    write_generations(tmp_path, "TOP-K", [" Help."] * len(test), prompts)
     table = pd.DataFrame({"prompt": prompts, "ARGS": 1.0, "TOP-K": range(len(test)), "reference": 2.0})
-    table.to_csv(tmp_path / "baseline_results.csv", index=False)
+    table.to_csv(tmp_path / CSV, index=False)
     return tmp_path
 
 
-def test_the_report_judges_each_method(judged: Path) -> None:
-    done = run("true_quality.py", cwd=judged)
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(judged / "true_quality.csv", index_col="method")
+def test_the_report_scores_each_method(world: Path, capsys) -> None:
+    run_script(report, world)
+    table = pd.read_csv(world / "true_quality.csv", index_col="method")
     assert list(table.index) == ["ARGS", "TOP-K"]
     assert table.loc["ARGS", "true_quality"] > 0.97
     assert table.loc["TOP-K", "true_quality"] == pytest.approx(0.3)  # no invention, no repetition, brevity
     assert table.loc["TOP-K", "standard_error"] == pytest.approx(0)
     assert table.loc["TOP-K", "reward"] == pytest.approx(7)
     assert list(table["n"]) == [15, 15]
-    assert "ARGS" in done.stdout
+    assert "ARGS" in capsys.readouterr().out
+
+    prompts = list(pd.read_csv(world / CSV)["prompt"])
+    write_references(world, [" Help."] * 15, prompts)
+    run_script(report, world)
+    table = pd.read_csv(world / "true_quality.csv", index_col="method")
+    assert table.loc["reference", "true_quality"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda run: (run / "demo_facts.json").unlink(), "demo_facts.json is missing"),
-        (lambda run: (run / "baseline_results.csv").unlink(), "baseline_results.csv is missing"),
+        (overwrite("demo_facts.json", half), "cannot read demo_facts.json"),
+        (overwrite("demo_facts.json", "{}"), "prompt 0 of the rewards is no post"),
+        (lambda run: (run / CSV).unlink(), f"{CSV} is missing"),
         (lambda run: (run / "generation_args.json").unlink(), "generation_args.json is missing"),
-        (lambda run: (run / "generation_args.json").write_text("[{"), "generation_args.json is not"),
-        (lambda run: (run / "generation_args.json").write_text("[]"), "generation_args.json is of"),
-        (
-            lambda run: (run / "demo_facts.json").write_text("{}"),
-            "prompt 0 of the rewards is no post",
-        ),
+        (overwrite("generation_args.json", half), "generation_args.json is not"),
+        (overwrite("generation_args.json", "[]"), "generation_args.json is of other prompts"),
     ],
 )
-def test_the_report_fails_clearly(judged: Path, spoil, message: str) -> None:
-    spoil(judged)
-    done = run("true_quality.py", cwd=judged)
-    assert done.returncode == 2
-    assert f"error: {message}" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (judged / "true_quality.csv").exists()
+def test_the_report_fails_clearly(world: Path, capsys, spoil, message: str) -> None:
+    spoil(world)
+    assert f"error: {message}" in refuse(report, world, capsys)
 
 
 NAMES = ("summariser", "full-reward-model", "rl-summariser")

@@ -16,22 +16,18 @@ from transformers import DebertaV2ForSequenceClassification as DebertaV2
 def deberta() -> DebertaV2:
     """A small DeBERTa-v3 in half precision, whose attention and positions matter."""
     torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    relative = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+    kind = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
     config = DebertaV2Config(
         vocab_size=300,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
         max_position_embeddings=64,
+        type_vocab_size=0,
         initializer_range=0.15,
         num_labels=1,
-        relative_attention=True,
-        position_buckets=16,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        type_vocab_size=0,
+        **shape,
+        **relative,
+        **kind,
     )
     return DebertaV2(config).half().eval()
 
@@ -72,30 +68,6 @@ class StandInEncoder(torch.nn.Module):
         return self.encoder(hidden_states, *inputs, **options)
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Installs a stand-in for the package: `change` is what its copy of each attention does differently."""
-
-    def install(change) -> None:
-        def optimize_deberta(backbone: torch.nn.Module, sequence_lengths: range) -> None:
-            for layer in backbone.encoder.layer:
-                layer.attention.self = copy.deepcopy(layer.attention.self)
-                change(layer.attention.self)
-            backbone.encoder = StandInEncoder(backbone.encoder, list(sequence_lengths))  # in place, as theirs
-
-        package, tuning = (
-            types.ModuleType("disentangled_flash"),
-            types.ModuleType("disentangled_flash.tuning"),
-        )
-        package.__spec__ = ModuleSpec("disentangled_flash", loader=None)
-        package.optimize_deberta, package.__version__ = optimize_deberta, "stand-in"
-        tuning.TUNING_SEQUENCE_LENGTHS = (48, 96)
-        monkeypatch.setitem(sys.modules, "disentangled_flash", package)
-        monkeypatch.setitem(sys.modules, "disentangled_flash.tuning", tuning)
-
-    return install
-
-
 def same(attention: torch.nn.Module) -> None:
     pass
 
@@ -129,6 +101,28 @@ def breaks_in_use(attention: torch.nn.Module) -> None:
     attention.forward = forward
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Installs a stand-in for the package: `change` is what its copy of each attention does differently."""
+
+    def install(change=same, lengths=(48, 96), optimize=None) -> None:
+        def optimize_deberta(backbone: torch.nn.Module, sequence_lengths: range) -> None:
+            for layer in backbone.encoder.layer:
+                layer.attention.self = copy.deepcopy(layer.attention.self)
+                change(layer.attention.self)
+            backbone.encoder = StandInEncoder(backbone.encoder, list(sequence_lengths))  # in place, as theirs
+
+        package = types.ModuleType("disentangled_flash")
+        tuning = types.ModuleType("disentangled_flash.tuning")
+        package.__spec__ = ModuleSpec("disentangled_flash", loader=None)
+        package.optimize_deberta, package.__version__ = optimize or optimize_deberta, "stand-in"
+        tuning.TUNING_SEQUENCE_LENGTHS = lengths
+        monkeypatch.setitem(sys.modules, "disentangled_flash", package)
+        monkeypatch.setitem(sys.modules, "disentangled_flash.tuning", tuning)
+
+    return install
+
+
 def assert_kept_as_it_was(model: DebertaV2, message: str, capsys) -> None:
     """One warning, and the very modules and rewards of a model nothing was done to."""
     expected = padded_rewards(deberta(), (40, 23))
@@ -147,7 +141,7 @@ def assert_kept_as_it_was(model: DebertaV2, message: str, capsys) -> None:
 
 def test_a_package_that_computes_the_same_is_used_at_every_length(model, stand_in, capsys):
     expected = [padded_rewards(model, lengths) for lengths in [(64, 40), (3, 1), (17, 17, 9)]]
-    stand_in(same)
+    stand_in()
     description = switch_attention(model)
     assert "stand-in" in description and capsys.readouterr().err == ""
     assert isinstance(model.deberta.encoder, StandInEncoder)
@@ -166,15 +160,17 @@ def test_a_package_with_other_rewards_is_not_used(change, dtype, model, stand_in
         assert "rewards differ by" in capsys.readouterr().err
 
 
-def test_a_package_that_breaks_is_not_used(model, stand_in, capsys):
-    stand_in(breaks_in_use)
-    assert_kept_as_it_was(model, "out of resources:", capsys)
-
-
-def test_a_package_that_declines_the_model_is_not_used(model, stand_in, monkeypatch, capsys):
-    stand_in(same)
-    monkeypatch.setattr(sys.modules["disentangled_flash"], "optimize_deberta", lambda *_, **__: None)
-    assert_kept_as_it_was(model, "heads of 32, 64 or 128", capsys)
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ({"change": breaks_in_use}, "out of resources:"),
+        ({"optimize": lambda *_, **__: None}, "heads of 32, 64 or 128"),
+        ({"lengths": (16, 32)}, "no inputs of 64 tokens"),
+    ],
+)
+def test_a_package_that_fails_or_declines_is_not_used(package, message, model, stand_in, capsys):
+    stand_in(**package)
+    assert_kept_as_it_was(model, message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -182,32 +178,23 @@ def test_a_package_that_declines_the_model_is_not_used(model, stand_in, monkeypa
     [
         ("__version__ = '0.1'", "cannot import name 'optimize_deberta'"),
         ("raise OSError('libcuda.so.1: no such file')", "libcuda.so.1"),
+        (None, "disentangled_flash"),
     ],
 )
-def test_a_package_that_is_too_old_or_does_not_import_is_not_used(
-    code, message, model, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "disentangled_flash.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_package_that_does_not_import_is_not_used(code, message, model, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "disentangled_flash"]:
         monkeypatch.delitem(sys.modules, name)
+    if code:
+        (tmp_path / "disentangled_flash.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "disentangled_flash", None)
     assert_kept_as_it_was(model, message, capsys)
     sys.modules.pop("disentangled_flash", None)
 
 
-def test_without_the_package_nothing_changes(model, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "disentangled_flash", None)
-    assert_kept_as_it_was(model, "disentangled_flash", capsys)
-
-
-def test_an_input_longer_than_the_package_reads_keeps_eager_attention(model, stand_in, capsys):
-    stand_in(same)
-    sys.modules["disentangled_flash.tuning"].TUNING_SEQUENCE_LENGTHS = (16, 32)
-    assert_kept_as_it_was(model, "no inputs of 64 tokens", capsys)
-
-
 def test_only_deberta_in_half_precision_on_a_gpu_is_switched(model, stand_in, monkeypatch, capsys):
-    stand_in(same)
+    stand_in()
     assert use_fast_attention(model) is None  # on a CPU
 
     # No GPU here: only what the function asks about the device is replaced.

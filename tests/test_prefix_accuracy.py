@@ -1,23 +1,22 @@
 """Ranking accuracy on prefixes: what the models read, how pairs are ranked, the figures and the errors."""
 
-import json
-import shutil
-import sys
 from math import sqrt
 from pathlib import Path
 
 import pandas as pd
+import prefix_accuracy
 import pytest
 import torch
 from conftest import make_posts
-from datasets import Dataset, DatasetDict
-from prefix_accuracy import PERCENTAGES, main, prefix_lengths, rank, score
-from reward_reading import Pair, Response, ask, encode_pair, load_reward_model, read_rewards
+from prefix_accuracy import PERCENTAGES, prefix_lengths, rank, score
+from reward_reading import SIDES, Pair, ask, encode_pair, read_rewards
+from small_runs import TEMPLATE, refuse, run_script, write_dataset
 from tldr_data_process_partial import encode_pairs
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-TEMPLATE = "POST: {post}\nTL;DR:"
-CPU = torch.device("cpu")
+from pargs.models import RewardModel, load_reward_model
+from pargs.prefixes import EncodedResponse
+
 OUTPUTS = {f"{name}.{kind}" for name in ("prefix_accuracy", "token_rewards") for kind in ("png", "pdf")}
 
 
@@ -28,38 +27,30 @@ def comparisons(count: int, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-def write_dataset(directory: Path, rows: list[dict[str, str]]) -> None:
-    folder = directory / "summarize_from_feedback"
-    DatasetDict(validation=Dataset.from_list(rows)).save_to_disk(str(folder))
-    (folder / "processing.json").write_text(json.dumps({"template": TEMPLATE}))
-
-
 @pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Run the script in `tmp_path` on a few pairs."""
+def load(small_models):
+    """A small reward model by its name."""
 
-    def run(*arguments: str) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["prefix_accuracy.py", *arguments])
-        main()
+    def load(name: str, token_budget: int = 4096) -> RewardModel:
+        return load_reward_model(small_models[name], torch.float32, "cpu", token_budget)
 
-    return run
+    return load
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta"])
-def test_an_encoder_reads_what_its_tokenizer_makes_of_the_pair(small_models, name):
-    model = load_reward_model(small_models[name], "")
+def test_an_encoder_reads_what_its_tokenizer_makes_of_the_pair(load, name):
+    model = load(name)
     for row in comparisons(5):
         pair = encode_pair(model, row, TEMPLATE)
-        (question,) = ask(model, pair.prompt_ids, pair.chosen, [1000])
+        (question,) = ask(model, pair.prompt_ids, pair.sides["chosen"], [1000])
         encoded = model.tokenizer(row["prompt"], row["chosen"])
         assert list(question.input_ids) == encoded["input_ids"]
         assert list(question.segments) == encoded.get("token_type_ids", [0] * len(question.input_ids))
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta", "gpt2-reward"])
-def test_prefixes_are_those_of_the_training_data(small_models, name):
-    model, rows = load_reward_model(small_models[name], ""), comparisons(6, seed=3)
+def test_prefixes_are_those_of_the_training_data(load, name):
+    model, rows = load(name), comparisons(6, seed=3)
     rows[0]["chosen"] = "  wife and landlord"  # two spaces: a prefix of one token is no slice of the ids
     batch = {column: [row[column] for row in rows] for column in rows[0]}
     encoded = encode_pairs(batch, model.tokenizer, model.frame, model.causal, TEMPLATE, 10**6)
@@ -71,9 +62,9 @@ def test_prefixes_are_those_of_the_training_data(small_models, name):
         pair = encode_pair(model, row, TEMPLATE)
         lengths = encoded["lengths"][at]
         assert lengths == list(range(1, pair.longest + 1))
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             again = {prefix["length"]: prefix["ids"] for prefix in encoded[f"{side}_reencoded"][at]}
-            questions = ask(model, pair.prompt_ids, getattr(pair, side), lengths)
+            questions = ask(model, pair.prompt_ids, pair.sides[side], lengths)
             for length, question in zip(lengths, questions, strict=True):
                 prefix = again.get(length, encoded[f"{side}_ids"][at][:length])
                 assert list(question.seen) == model.frame.ids(encoded["prompt_ids"][at], prefix)
@@ -88,11 +79,11 @@ def test_lengths_are_rounded_up_and_end_at_the_whole():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2-reward"])
-def test_past_its_end_a_response_stays_whole(small_models, name):
-    model = load_reward_model(small_models[name], "")
+def test_past_its_end_a_response_stays_whole(load, name):
+    model = load(name)
     pair = encode_pair(model, comparisons(1)[0], TEMPLATE)
-    size = len(pair.chosen.ids)
-    last, whole, past = ask(model, pair.prompt_ids, pair.chosen, [size - 1, size, size + 7])
+    size = len(pair.sides["chosen"].ids)
+    last, whole, past = ask(model, pair.prompt_ids, pair.sides["chosen"], [size - 1, size, size + 7])
     assert past == whole != last
 
     # Only a finished response of a causal model ends in EOS.
@@ -102,12 +93,12 @@ def test_past_its_end_a_response_stays_whole(small_models, name):
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta", "gpt2-reward", "llama-reward"])
-def test_rewards_are_those_of_each_prefix_read_alone(small_models, name):
+def test_rewards_are_those_of_each_prefix_read_alone(load, name):
     """Padding, batches, and one pass for all prefixes of a causal model change nothing."""
-    model, questions = load_reward_model(small_models[name], ""), []
+    model, questions = load(name), []
     for row in comparisons(4, seed=5):
         pair = encode_pair(model, row, TEMPLATE)
-        for response in (pair.chosen, pair.rejected):
+        for response in pair.sides.values():
             questions += ask(model, pair.prompt_ids, response, prefix_lengths(pair.longest))
 
     expected = []
@@ -124,7 +115,8 @@ def test_rewards_are_those_of_each_prefix_read_alone(small_models, name):
 
     assert max(expected) - min(expected) > 0.1
     for budget in (1, 700, 10**6):
-        assert read_rewards(model, questions, CPU, budget, "") == pytest.approx(expected, abs=2e-4)
+        model.token_budget = budget
+        assert read_rewards(model, questions, "") == pytest.approx(expected, abs=2e-4)
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -160,42 +152,38 @@ def test_accuracy_and_interval_by_hand():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2-reward"])
-def test_prefixes_that_are_the_same_are_not_ranked(small_models, name):
-    model = load_reward_model(small_models[name], "")
-    tokens = list(range(50, 60))
-    chosen, rejected = [*tokens[:4], *tokens[5:9]], [*tokens[:4], *tokens[1:7]]
-    pair = Pair("p", [20, 21], *(Response(model.tokenizer.decode(ids), ids) for ids in (chosen, rejected)))
-    if not model.causal:  # the text decides: it must come back as the same tokens
-        texts = " my wife ate my bike", " my wife ate my café lunch too"
-        pair = encode_pair(model, {"prompt": "POST: a", "chosen": texts[0], "rejected": texts[1]}, TEMPLATE)
+def test_prefixes_that_are_the_same_are_not_ranked(load, name):
+    model = load(name)
+    if model.causal:
+        tokens = list(range(50, 60))
+        sides = [[*tokens[:4], *tokens[5:9]], [*tokens[:4], *tokens[1:7]]]
+        pair = Pair(
+            "p", [20, 21], {side: EncodedResponse(ids, {}) for side, ids in zip(SIDES, sides, strict=True)}
+        )
+    else:  # the text decides: it must come back as the same tokens
+        texts = {"chosen": " my wife ate my bike", "rejected": " my wife ate my café lunch too"}
+        pair = encode_pair(model, {"prompt": "POST: a", **texts}, TEMPLATE)
 
-    rewards, (curves,) = score(model, [pair], [pair], CPU, 4096)
-    common = next(
-        at for at, (a, b) in enumerate(zip(pair.chosen.ids, pair.rejected.ids, strict=False)) if a != b
-    )
+    rewards, (curves,) = score(model, [pair], [pair])
+    both = zip(*(response.ids for response in pair.sides.values()), strict=False)
+    common = next(at for at, (chosen, rejected) in enumerate(both) if chosen != rejected)
     expected = [length <= common for length in prefix_lengths(pair.longest)]
     assert True in expected and False in expected
     assert list(rewards["same"]) == expected and list(rewards["percent"]) == list(PERCENTAGES)
-    assert [len(curves[side]) for side in ("chosen", "rejected")] == [
-        len(pair.chosen.ids),
-        len(pair.rejected.ids),
-    ]
+    assert [len(curves[side]) for side in SIDES] == [len(pair.sides[side].ids) for side in SIDES]
     assert curves["chosen"][-1] == rewards["chosen"].iloc[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models, count", [(("deberta", "bert"), 12), (("bert", "llama-reward"), 1)])
-def test_writes_both_figures_and_the_table(small_models, tmp_path, command, capsys, models, count):
+def test_writes_both_figures_and_the_table(small_models, tmp_path, capsys, models, count):
     rows = comparisons(count)
     hostile = " $5_{ and $6 \\frac{ <b>"  # mathtext to a plotting library, were it not told
-    rows[0] = {
-        "prompt": TEMPLATE.format(post=hostile),
-        "chosen": hostile,
-        "rejected": rows[0]["rejected"],
-    }
-    write_dataset(tmp_path, rows)
-    names = [small_models[name] for name in models]
-    arguments = ["--full_reward_model", names[0], "--partial_reward_model", names[1], "--num_examples", "1"]
-    command(*arguments, "--output_dir", "out")
+    rows[0] |= {"prompt": TEMPLATE.format(post=hostile), "chosen": hostile}
+    write_dataset(tmp_path, validation=rows)
+    full, partial = (small_models[name] for name in models)
+    arguments = ["--full_reward_model", full, "--partial_reward_model", partial, "--num_examples", 1]
+    run_script(prefix_accuracy, tmp_path, *arguments, "--output_dir", "out")
 
     table = pd.read_csv(tmp_path / "out/prefix_accuracy.csv")
     assert list(table["model"]) == ["full"] * 10 + ["partial"] * 10
@@ -211,20 +199,18 @@ def test_writes_both_figures_and_the_table(small_models, tmp_path, command, caps
     assert f"{count} of 128 ranked" in printed and "next: python" in printed
 
 
-def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, command, capsys):
+@pytest.mark.slow
+def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, capsys):
     rows = comparisons(6)
     rows[2]["prompt"] = TEMPLATE.format(post="my boss shouts all night " * 80)
-    write_dataset(tmp_path, rows)
+    write_dataset(tmp_path, validation=rows)
     models = ["--full_reward_model", small_models["bert"], "--partial_reward_model", small_models["bert"]]
-    command(*models, "--num_examples", "1")
+    run_script(prefix_accuracy, tmp_path, *models, "--num_examples", 1)
     assert "1 pairs left out" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "prefix_accuracy.csv")
     assert ((table["n"] + table["same_prefix"]) == 5).all()
-
-    with pytest.raises(SystemExit) as stopped:
-        command(*models, "--max_length", "12")
-    assert stopped.value.code == 2
-    assert "fits into --max_length 12" in capsys.readouterr().err
+    said = refuse(prefix_accuracy, tmp_path, capsys, *models, "--max_length", 12)
+    assert "fits into --max_length 12" in said
 
 
 def classifier(folder: str, to: Path, num_labels: int) -> str:
@@ -235,18 +221,16 @@ def classifier(folder: str, to: Path, num_labels: int) -> str:
     return str(to)
 
 
-def test_clear_errors(small_models, tmp_path, command, capsys):
-    def error(*arguments: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            command(*arguments)
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.count("error: ") == 1, said
-        return said
-
+def test_clear_errors(small_models, tmp_path, capsys):
     full = ["--full_reward_model", small_models["bert"]]
+
+    def error(*arguments: object) -> str:
+        return refuse(prefix_accuracy, tmp_path, capsys, *arguments)
+
     assert "python DataProcess/tldr_data_process.py" in error(*full)
-    write_dataset(tmp_path, comparisons(3))
-    assert "--num_pairs must be at least 1" in error(*full, "--num_pairs", "0")
+    write_dataset(tmp_path, validation=comparisons(3))
+    for flag, value in (("--num_pairs", 0), ("--seed", -1), ("--no_such_flag", 1)):
+        assert flag in error(*full, flag, value)
 
     missing = error(*full)
     assert "partial_reward_modeling_tldr" in missing
@@ -255,15 +239,4 @@ def test_clear_errors(small_models, tmp_path, command, capsys):
 
     two = classifier(small_models["bert"], tmp_path / "two", 2)
     assert "has 2 labels" in error(*full, "--partial_reward_model", two)
-
-    headless = error(*full, "--partial_reward_model", one_label(small_models["gpt2"], tmp_path / "headless"))
-    assert "no trained reward model" in headless and "score.weight" in headless
-    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.glob("*.csv"))
-
-
-def one_label(folder: str, to: Path) -> str:
-    """A language model whose configuration asks for one label: it has no trained head."""
-    shutil.copytree(folder, to)
-    config = AutoConfig.from_pretrained(folder, num_labels=1)
-    config.save_pretrained(to)
-    return str(to)
+    assert "is no trained reward model" in error(*full, "--partial_reward_model", small_models["gpt2"])

@@ -1,21 +1,25 @@
 """The page of generations: its data safe in the markup, and what a browser shows of it."""
 
-import json
 import re
 import shutil
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "Evaluation"))
-
-import show_generations  # noqa: E402
-import show_result  # noqa: E402
+import show_generations
+import show_result
+from small_runs import (
+    CSV,
+    read_page,
+    refuse,
+    run_script,
+    trace_step,
+    write_generations,
+    write_references,
+    write_trace,
+)
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
@@ -26,17 +30,12 @@ needs_chromium = pytest.mark.skipif(
 ATTACK = (
     "<script>window.attacked = 1</script></script><script>window.attacked = 2</script>"
     "<img src=x onerror='window.attacked = 3'><!--<script> \u2028\u2029 &lt;b&gt; ]]> \"quoted\" "
-    "@SCRIPT@ @DATA@ @SCRIPT_HASH@"
+    "@SCRIPT@ @DATA@"
 )
 METHODS = ["ARGS", "PARGS-G", "PARGS", "TOP-K"]
 NUM_PROMPTS = 100
 ATTACKED = 7  # the prompt whose texts attack the page
 MISSING = 11  # the prompt that PARGS has no reward for
-
-
-def trace_step(*candidates: tuple[str, float, float], chosen: int) -> dict:
-    tokens, log_probs, rewards = zip(*candidates, strict=True)
-    return {"tokens": tokens, "log_probs": log_probs, "rewards": rewards, "chosen": chosen}
 
 
 def write_run(directory: Path) -> pd.DataFrame:
@@ -46,46 +45,30 @@ def write_run(directory: Path) -> pd.DataFrame:
     prompts[ATTACKED] = f"POST: {ATTACK}\nTL;DR:"
     rewards = pd.DataFrame(rng.normal(size=(NUM_PROMPTS, 5)), columns=[*METHODS, "reference"])
     rewards.loc[MISSING, "PARGS"] = np.nan
-    rewards.assign(prompt=prompts).to_csv(directory / "baseline_results.csv", index=False)
+    rewards.assign(prompt=prompts).to_csv(directory / CSV, index=False)
 
+    def texts(label: str) -> list[str]:
+        return [f" {ATTACK}" if at == ATTACKED else f" {label} {at}" for at in range(NUM_PROMPTS)]
+
+    reasons = ["length", *["eos"] * (NUM_PROMPTS - 1)]
     for method in METHODS:
-        texts = [f" {method} on {at}" for at in range(NUM_PROMPTS)]
-        texts[ATTACKED] = f" {ATTACK}"
-        rows = [
-            {
-                "prompt": prompt,
-                "result": text,
-                "num_tokens": 3,
-                "finish_reason": "length" if at == 0 else "eos",
-            }
-            for at, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
-        ]
-        name = f"generation_{method.lower().replace('-', '_')}.json"
-        (directory / name).write_text(json.dumps(rows))
+        write_generations(
+            directory, method, texts(f"{method} on"), prompts, num_tokens=3, finish_reason=reasons
+        )
+    write_references(directory, texts("reference"), prompts)
 
-    lines = []
-    for at, prompt in enumerate(prompts):
-        first = ATTACK if at == ATTACKED else "ARGS"
-        steps = [
-            trace_step((" no", -0.25, 1.5), (f" {first}", -1.5, 2.75), chosen=1),
-            trace_step((f" on {at}", -0.125, 0.5), ("\n", -3.0, float("nan")), chosen=0),
+    steps = [
+        [
+            trace_step(
+                (" no", -0.25, 1.5), (f" {ATTACK if at == ATTACKED else 'ARGS'}", -1.5, 2.75), chosen=1
+            ),
+            trace_step((f" on {at}", -0.125, 0.5), ("\n", -3.0, None), chosen=0),
             trace_step(("<|endoftext|>", -0.5, 0.25), ("!", -4.0, -0.75), chosen=0),
         ]
-        lines.append(json.dumps({"prompt": prompt, "steps": steps}))
-    (directory / "trace_args.jsonl").write_text("\n".join(lines))
-
-    references = [f" reference {at}" for at in range(NUM_PROMPTS)]
-    references[ATTACKED] = f" {ATTACK}"
-    test = Dataset.from_dict({"prompt": prompts, "reference": references})
-    DatasetDict(test=test).save_to_disk(str(directory / "summarize_from_feedback"))
+        for at in range(NUM_PROMPTS)
+    ]
+    write_trace(directory, "ARGS", steps, prompts)
     return rewards
-
-
-def run_script(module, directory: Path, *arguments: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-        module.main()
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +116,15 @@ def choose(page, menu: str, option: str) -> None:
     Select(page.find_element("id", menu)).select_by_visible_text(option)
 
 
+def point_at(page, element) -> None:
+    """Scroll to an element, wait for the scrolling to be over (it closes what is open), and point at it."""
+    from selenium.webdriver import ActionChains
+
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    page.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 100))")
+    ActionChains(page).move_to_element(element).perform()
+
+
 class TagCollector(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -144,10 +136,10 @@ class TagCollector(HTMLParser):
 
 def test_data_cannot_become_markup(run):
     page = (run[0] / "generations.html").read_text(encoding="utf-8")
-    embedded = re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1]
+    (embedded,) = re.findall(r'id="data">(.*?)</script>', page, flags=re.DOTALL)
     assert not set("<>&\u2028\u2029") & set(embedded)
 
-    data = json.loads(embedded)
+    data = read_page(run[0])
     assert data["prompts"][ATTACKED]["prompt"] == f"POST: {ATTACK}\nTL;DR:"
     assert data["prompts"][ATTACKED]["responses"] == [f" {ATTACK}"] * 5
     assert data["prompts"][MISSING]["rewards"][2] is None
@@ -156,12 +148,14 @@ def test_data_cannot_become_markup(run):
     parser.feed(page)
     scripts = [attributes for tag, attributes in parser.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "data"}, {}]
-    # Self-contained: no attribute asks for anything.
+    # Self-contained: no attribute asks for anything, and nothing would be fetched.
+    assert any("default-src 'none'" in attributes.get("content", "") for _, attributes in parser.tags)
     assert not [
         attributes for _, attributes in parser.tags if {"src", "href", "action", "data"} & set(attributes)
     ]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_renders_every_prompt_and_summary(page, run):
     _, rewards = run
@@ -188,11 +182,12 @@ def test_renders_every_prompt_and_summary(page, run):
         "css selector", f"article[data-prompt='{MISSING}'] [data-method='PARGS'] .reward"
     )
     assert missing.get_property("textContent") == "–"
-    feet = page.find_elements("css selector", "[data-prompt='0'] [data-method='TOP-K'] .foot")
-    assert [foot.get_property("textContent") for foot in feet] == ["3 tokens, cut off at the limit"]
+    footnotes = page.find_elements("css selector", "[data-prompt='0'] [data-method='TOP-K'] .footnote")
+    assert [note.get_property("textContent") for note in footnotes] == ["3 tokens, cut off at the limit"]
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_table_notes_and_figure_on_top(page, run):
     directory, _ = run
@@ -205,6 +200,7 @@ def test_table_notes_and_figure_on_top(page, run):
     assert image.get_property("naturalWidth") > 500 and image.get_property("alt") == "average_reward"
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_sorts_by_reward_and_by_gap(page, run):
     _, rewards = run
@@ -227,6 +223,7 @@ def test_sorts_by_reward_and_by_gap(page, run):
     assert shown(page) == list(range(NUM_PROMPTS))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_searches_posts_and_summaries(page):
     search = page.find_element("id", "search")
@@ -241,6 +238,7 @@ def test_searches_posts_and_summaries(page):
     assert shown(page) == []
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_hides_a_method(page):
     button = page.find_element("xpath", "//span[@id='methods']/button[text()='TOP-K']")
@@ -255,16 +253,14 @@ def test_hides_a_method(page):
     assert visible() == [*METHODS, "reference"]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_shows_the_candidates_of_a_token(page):
-    from selenium.webdriver import ActionChains
-
     tokens = page.find_elements("css selector", "article[data-prompt='2'] [data-method='ARGS'] .token")
     assert [token.get_property("textContent") for token in tokens] == ["ARGS", " on 2", "<|endoftext|>"]
     assert not page.find_elements("css selector", "[data-method='PARGS'] .token")  # it has no trace
 
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[1])
-    ActionChains(page).move_to_element(tokens[1]).perform()
+    point_at(page, tokens[1])
     box = page.find_element("id", "candidates")
     cells = [
         [cell.text for cell in row.find_elements("xpath", "*")] for row in box.find_elements("tag name", "tr")
@@ -272,18 +268,15 @@ def test_shows_the_candidates_of_a_token(page):
     assert cells == [["candidate", "log p", "reward"], ["␣on␣2", "-0.13", "0.50"], ["↵", "-3.00", "–"]]
     assert [row.text.split()[0] for row in box.find_elements("css selector", ".chosen")] == ["␣on␣2"]
 
-    ActionChains(page).move_to_element(page.find_element("id", "count")).perform()
+    point_at(page, page.find_element("id", "count"))
     assert not box.is_displayed()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_no_script_of_a_post_runs(page):
-    from selenium.webdriver import ActionChains
-
     card = page.find_element("css selector", f"article[data-prompt='{ATTACKED}']")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", card)
-    token = card.find_element("css selector", ".token")
-    ActionChains(page).move_to_element(token).perform()
+    point_at(page, card.find_element("css selector", ".token"))
     candidates = page.find_element("id", "candidates").get_property("textContent")
     assert "<script>window.attacked" in candidates.replace("␣", " ")
 
@@ -298,36 +291,28 @@ def test_no_script_of_a_post_runs(page):
     assert page.execute_script("return document.querySelectorAll('article img, article script').length") == 0
 
 
+@pytest.mark.slow
 @needs_chromium
-def test_the_page_forbids_other_scripts_and_the_network(page):
-    """Even if markup got in, it could neither run nor fetch."""
+def test_the_page_fetches_nothing(page):
+    """Even if markup got in, it could not send anything anywhere."""
     page.execute_script("""
-        const script = document.createElement("script");
-        script.textContent = "window.attacked = 1";
-        document.body.append(script);
-        const image = "<img src='http://127.0.0.1:9/x' onerror='window.attacked = 2'>";
+        const image = "<img src='http://127.0.0.1:9/x'>";
         document.body.insertAdjacentHTML("beforeend", image);
     """)
-    assert page.execute_async_script("setTimeout(() => arguments[0](window.attacked), 200)") is None
-    blocked = [
-        entry["message"] for entry in page.get_log("browser") if "Content Security Policy" in entry["message"]
-    ]
-    assert any("inline script" in message for message in blocked)
-    assert any("http://127.0.0.1:9/x" in message for message in blocked)
+    page.execute_async_script("setTimeout(arguments[0], 200)")
+    messages = [entry["message"] for entry in page.get_log("browser")]
+    assert any("http://127.0.0.1:9/x" in each and "Content Security Policy" in each for each in messages)
 
 
 def test_a_run_with_less_in_it(tmp_path, capsys):
     """No references, no table, no trace, and a method with no generation file: named, and no error."""
-    (tmp_path / "baseline_results.csv").write_text("prompt,PARGS,DPO\na,1,2\nb,,1\n")
-    rows = [{"prompt": "b", "result": " text", "num_tokens": None}]
-    (tmp_path / "generation_pargs.json").write_text(json.dumps(rows))
+    (tmp_path / CSV).write_text("prompt,PARGS,DPO\na,1,2\nb,,1\n")
+    write_generations(tmp_path, "PARGS", [" text"], ["b"])
     run_script(show_generations, tmp_path)
 
-    page = (tmp_path / "generations.html").read_text(encoding="utf-8")
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
-    assert (
-        data["methods"] == ["PARGS", "DPO", "reference"] and data["table"] is None and data["figures"] == []
-    )
+    data = read_page(tmp_path)
+    assert data["methods"] == ["PARGS", "DPO", "reference"]
+    assert data["table"] is None and data["figures"] == [] and data["traces"] == {}
     assert [prompt["responses"] for prompt in data["prompts"]] == [[None, None, None], [" text", None, None]]
     assert [prompt["rewards"] for prompt in data["prompts"]] == [[1, 2, None], [None, 1, None]]
     printed = capsys.readouterr().out
@@ -344,25 +329,37 @@ def test_a_run_with_less_in_it(tmp_path, capsys):
     ("files", "arguments", "message"),
     [
         ({}, [], "baseline_results.csv is missing; make it with `python PARGS_decode/PARGS_baselines.py`"),
-        ({"baseline_results.csv": "prompt,ARGS\na,1\n"}, ["a", "b"], "a page shows one run, not 2"),
+        ({CSV: "prompt,ARGS\na,1\n"}, ["a", "b"], "a page shows one run, not 2"),
         (
-            {"baseline_results.csv": "prompt,ARGS\na,1\n", "average_reward.csv": "nothing\n"},
+            {CSV: "prompt,ARGS\na,1\n", "average_reward.csv": "nothing\n"},
             [],
             "cannot read average_reward.csv",
         ),
         (
-            {"baseline_results.csv": "prompt,ARGS\na,1\n", "trace_args.jsonl": '{"prompt": "a"\n'},
+            {CSV: "prompt,ARGS\na,1\n", "average_reward.csv": "method,n\nARGS,1\n"},
             [],
-            "trace_args.jsonl, line 1 is no trace",
+            "is no table of results",
+        ),
+        (
+            {
+                CSV: "prompt,ARGS\na,1\n",
+                "average_reward.csv": "method,baseline,n,runs,mean\nARGS,ARGS,x,1,2\n",
+            },
+            [],
+            "cannot read average_reward.csv",
         ),
     ],
 )
 def test_clear_errors(tmp_path, capsys, files, arguments, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(show_generations, tmp_path, *arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == set(files)
+    said = refuse(show_generations, tmp_path, capsys, *arguments)
+    assert message in said and said.count("\n") == 1
+
+
+def test_what_is_no_picture_is_left_out(tmp_path):
+    (tmp_path / CSV).write_text("prompt,ARGS\na,1\n")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    run_script(show_generations, tmp_path)
+    assert read_page(tmp_path)["figures"] == []

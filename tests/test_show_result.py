@@ -1,7 +1,7 @@
 """The result table against hand computations, from small files written here."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 from math import exp, log, sqrt
@@ -10,62 +10,69 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import show_generations
+import show_result
 import torch
-from datasets import Dataset, DatasetDict
+from conftest import ROOT, save
+from figures import GREY, PALETTE
+from matplotlib.colors import to_hex
+from policy_likelihood import Pair, encode_texts_again, response_log_probs
+from response_measures import distinct_n, rouge_l
+from run_files import index_by_prompt, read_run
+from small_runs import (
+    CSV,
+    PROMPTS,
+    read_page,
+    refuse,
+    run_script,
+    trace_step,
+    write_generations,
+    write_records,
+    write_references,
+    write_rewards,
+    write_trace,
+)
+from statistics_table import bootstrap_interval
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-EVALUATION = Path(__file__).parents[1] / "Evaluation"
-sys.path.insert(0, str(EVALUATION))
+from pargs.encoding import decode_texts
+from pargs.files import write_whole
+from pargs.models import Policy, encode_for_policy, load_policy
+from pargs.runs import Method, Step
 
-import show_result  # noqa: E402
-from policy_likelihood import encode_pair, response_log_probs  # noqa: E402
-from response_measures import distinct_n, guided_kl, rouge_l  # noqa: E402
-from run_files import read_run, write_whole  # noqa: E402
-from statistics_table import bootstrap_interval  # noqa: E402
-
-PROMPTS = [f"POST: post {number}\nTL;DR:" for number in range(4)]
 OUTPUTS = {f"average_reward.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")}
+NUMBERS = [1, 2, 3, 4]
+STEPS = [
+    trace_step(("a", -1.0, 0.0), ("b", -2.0, 1.0), chosen=1),
+    trace_step(("c", -0.5, 0.5), ("d", -3.0, 0.5), chosen=0),
+]
 
 
-def write_rewards(directory: Path, prompts: list[str] = PROMPTS, **rewards: list) -> Path:
-    """A run with the columns given; `PARGS_G` stands for PARGS-G."""
-    directory.mkdir(parents=True, exist_ok=True)
-    columns = {name.replace("_", "-"): values for name, values in rewards.items()}
-    pd.DataFrame({"prompt": prompts} | columns).to_csv(directory / "baseline_results.csv", index=False)
-    return directory
+def log_q_of_steps(weight: float) -> float:
+    """log q of STEPS: their scores are (-1, -2 + w) and (-0.5 + w/2, -3 + w/2)."""
+    return -log(1 + exp(1 - weight)) - log(1 + exp(-2.5))
 
 
-def write_responses(
-    directory: Path, stem: str, texts: list[str], num_tokens: list[int] | None = None
-) -> None:
-    lengths = num_tokens or [len(text.split()) for text in texts]
-    rows = [
-        {"prompt": prompt, "result": text, "reward": 0.0, "num_tokens": length, "finish_reason": "length"}
-        for prompt, text, length in zip(PROMPTS, texts, lengths, strict=True)
-    ]
-    (directory / f"generation_{stem}.json").write_text(json.dumps(rows))
-
-
-def write_references(directory: Path, references: list[str]) -> None:
-    test = Dataset.from_dict({"prompt": PROMPTS[: len(references)], "reference": references})
-    DatasetDict(test=test).save_to_disk(str(directory / "summarize_from_feedback"))
+LOG_P = -2.5  # of STEPS, under the policy that proposed them
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
+def report(tmp_path, capsys):
     """Run the script in `tmp_path`; returns its table and what it printed."""
 
-    def run(*arguments: str) -> tuple[pd.DataFrame, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["show_result.py", *map(str, arguments)])
-        show_result.main()
+    def run(*arguments: object) -> tuple[pd.DataFrame, str]:
+        run_script(show_result, tmp_path, *arguments)
         return pd.read_csv(tmp_path / "average_reward.csv", index_col="method"), capsys.readouterr().out
 
     return run
 
 
-def test_statistics_by_hand(tmp_path, command):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], PARGS=[2, 2, 5, 3], reference=[0, 0, 0, 8])
-    table, printed = command()
+# Statistics
+
+
+def test_statistics_by_hand(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS, PARGS=[2, 2, 5, 3], reference=[0, 0, 0, 8])
+    table, printed = report()
 
     args = table.loc["ARGS"]
     assert (args["n"], args["mean"]) == (4, 2.5)
@@ -84,12 +91,10 @@ def test_statistics_by_hand(tmp_path, command):
     assert "2.500 ± 0.645" in printed and "+0.500 [-0.500, +1.500]" in printed
 
 
-def test_baseline_of_choice_and_by_default(tmp_path, command):
-    assert show_result.choose_baseline(None, ["DPO", "ARGS"]) == "ARGS"
-    assert show_result.choose_baseline(None, ["DPO", "PPO"]) == "DPO"
-
+def test_baseline_of_choice_and_by_default(tmp_path, report):
     write_rewards(tmp_path, DPO=[1, 1, 1, 1], PPO=[3, 3, 3, 2])
-    table, printed = command("--baseline", "PPO")
+    assert report()[0].loc["PPO", "difference"] == 1.75
+    table, printed = report("--baseline", "PPO")
     assert table.loc["DPO", "difference"] == -1.75 and "vs PPO" in printed
 
 
@@ -100,25 +105,26 @@ def test_the_seed_decides_the_bootstrap():
     assert np.isnan(bootstrap_interval(values[:1], 200, 1)).all()
 
 
-def test_missing_rewards_are_named_and_not_averaged(tmp_path, command):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], PARGS=[2, None, "nan", 7], DPO=[None] * 4)
-    table, printed = command()
+def test_missing_rewards_are_named_and_not_averaged(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS, PARGS=[2, None, "nan", 7], DPO=[None] * 4)
+    write_records(tmp_path, "base", ARGS=Method(policy="base"), PPO=Method(policy="other"))
+    table, printed = report()
     assert (table.loc["PARGS", "n"], table.loc["PARGS", "mean"]) == (2, 4.5)
     assert table.loc["PARGS", "difference"] == 2  # (2 - 1 + 7 - 4) / 2: rows that both have
     assert table.loc["DPO", "n"] == 0 and np.isnan(table.loc["DPO", "mean"])
     assert "PARGS has no reward in 2 of 4 rows (row 2, 3)" in printed
     assert "DPO has no reward in 4 of 4 rows" in printed
-    assert "not in baseline_results.csv: PARGS-G, BESTN, TOP-K, PPO" in printed
+    assert "not in baseline_results.csv: PPO" in printed
     assert "PARGS has no generation_pargs.json" in printed
 
 
-def test_runs_are_pooled_by_prompt_with_their_spread(tmp_path, command):
-    write_rewards(tmp_path / "seed1", ARGS=[1, 2, 3, 4], PARGS=[2, 4, 4, 6])
-    write_rewards(tmp_path / "seed2", ARGS=[1, 2, 3, 4], PARGS=[4, 4, 6, 6])
-    table, printed = command("seed1/", "seed2")
+def test_runs_are_pooled_by_prompt_with_their_spread(tmp_path, report):
+    write_rewards(tmp_path / "seed1", ARGS=NUMBERS, PARGS=[2, 4, 4, 6])
+    write_rewards(tmp_path / "seed2", ARGS=NUMBERS, PARGS=[4, 4, 6, 6])
+    table, printed = report("seed1/", "seed2")
 
     # A method that repeats itself is no more certain for it.
-    alone, _ = command("seed1")
+    alone, _ = report("seed1")
     columns = ["n", "mean", "standard_error", "interval_low", "interval_high"]
     assert list(table.loc["ARGS", columns]) == list(alone.loc["ARGS", columns])
     assert (table.loc["ARGS", "runs"], table.loc["ARGS", "run_std"]) == (2, 0)
@@ -132,21 +138,58 @@ def test_runs_are_pooled_by_prompt_with_their_spread(tmp_path, command):
     assert "SD of runs" not in (tmp_path / "average_reward.md").read_text()  # that of the single run
 
 
-def test_runs_with_other_prompts_and_methods(tmp_path, command):
-    write_rewards(tmp_path / "a", ARGS=[1, 2, 3, 4], PARGS=[2, 2, 2, 2])
+def test_runs_with_other_prompts_and_methods(tmp_path, report):
+    write_rewards(tmp_path / "a", ARGS=NUMBERS, PARGS=[2, 2, 2, 2])
     write_rewards(tmp_path / "b", ["new 1", "new 2"], ARGS=[5, 9])
-    table, printed = command("a", "b")
+    table, printed = report("a", "b")
     assert (table.loc["ARGS", "n"], table.loc["ARGS", "mean"]) == (6, 4)
     assert (table.loc["PARGS", "n"], table.loc["PARGS", "runs"]) == (4, 1)
     assert table.loc["PARGS", "difference"] == -0.5
-    assert "b: not in baseline_results.csv: PARGS-G, PARGS, BESTN" in printed
+    assert "b: not in baseline_results.csv: PARGS" in printed
 
 
-def test_length_diversity_and_overlap(tmp_path, command):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], reference=[1, 1, 1, 1])
-    write_responses(tmp_path, "args", ["The cat sat", "a b a", "a b", "!"], num_tokens=[3, 5, 2, 10])
+def test_equal_prompts_count_once(tmp_path, report, monkeypatch):
+    """Decoded four times in a run, a prompt is no more certain than once."""
+    figures, draw = [], show_result.draw_figure
+    monkeypatch.setattr(
+        show_result, "draw_figure", lambda *drawn: figures.append(draw(*drawn)) or figures[-1]
+    )
+    texts, pargs = ["a b", "a", "b", "c"], [2, 2, 5, 3]
+    for name, copies in (("once", 1), ("often", 4)):
+        prompts = PROMPTS * copies
+        write_rewards(tmp_path / name, prompts, ARGS=NUMBERS * copies, PARGS=pargs * copies)
+        write_generations(tmp_path / name, "ARGS", texts * copies, prompts)
+    once, printed = report("once")
+    assert "folded" not in printed
+    often, printed = report("often")
+    assert "12 of 16 rows were folded" in printed
+    assert "12 of 16 rows were folded" in (tmp_path / "average_reward.md").read_text()
+    pd.testing.assert_frame_equal(once, often)
+    assert [len(dots.get_offsets()) for dots in figures[1].axes[0].collections] == [4, 4]
+
+    # With its mean: the first prompt has 1 and 5, and 3 and 3, so it counts 3 to 3.
+    mixed = [PROMPTS[0], *PROMPTS[:3]]
+    write_rewards(tmp_path / "mixed", mixed, ARGS=[1, 5, 2, 4], PARGS=[3, 3, 2, 7])
+    table, printed = report("mixed")
+    assert (table.loc["ARGS", "n"], table.loc["ARGS", "mean"]) == (3, 3)
+    assert table.loc["ARGS", "standard_error"] == pytest.approx(1 / sqrt(3))  # of 3, 2 and 4
+    assert table.loc["PARGS", "difference"] == 1  # (0 + 0 + 3) / 3
+    assert table.loc["PARGS", "win_rate"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert "1 of 4 rows were folded" in printed
+
+    table, printed = report("once", "mixed")
+    assert "1 of 8 rows were folded" in printed
+    assert table.loc["ARGS", "run_std"] == pytest.approx(sqrt(0.125))  # of 2.5 and 3
+
+
+# Texts
+
+
+def test_length_diversity_and_overlap(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS, reference=[1, 1, 1, 1])
+    write_generations(tmp_path, "ARGS", ["The cat sat", "a b a", "a b", "!"], num_tokens=[3, 5, 2, 10])
     write_references(tmp_path, ["the cats ran away", "x", "a b"])
-    table, printed = command()
+    table, printed = report()
     assert table.loc["ARGS", "mean_tokens"] == 5
     assert table.loc["ARGS", "distinct_1"] == pytest.approx(5 / 8)  # the cat sat a b, of 3 + 3 + 2 words
     assert table.loc["ARGS", "distinct_2"] == pytest.approx(4 / 5)  # (a, b) comes twice
@@ -159,34 +202,31 @@ def test_distinct_n_and_rouge_l_by_hand():
     assert distinct_n(["a b a", "A, b!"], 1) == pytest.approx(2 / 5)
     assert distinct_n(["a b a", "A, b!"], 2) == pytest.approx(2 / 3)
     assert np.isnan(distinct_n(["word"], 2))
-    assert rouge_l(["one two three"], [["three", "one three"]]) == [
-        pytest.approx(0.8)
-    ]  # the better reference
+    the_better_reference = rouge_l(["one two three"], [["three", "one three"]])
+    assert the_better_reference == [pytest.approx(0.8)]
 
 
-def test_responses_are_matched_by_prompt_not_by_place(tmp_path, command):
+def test_responses_are_matched_by_prompt_not_by_place(tmp_path, report):
     odd = ["NA", 'quote " and,\r\nbreak', "twice", "twice"]
-    write_rewards(tmp_path, odd, ARGS=[1, 2, 3, 4])
-    order = [3, 1, 0, 2]
-    rows = [{"prompt": odd[at], "result": f"text {place}", "num_tokens": 1} for place, at in enumerate(order)]
-    (tmp_path / "generation_args.json").write_text(json.dumps(rows))
-    run = read_run(str(tmp_path))
-    assert list(run.responses["ARGS"]["result"]) == ["text 2", "text 1", "text 0", "text 3"]
+    write_rewards(tmp_path, odd, ARGS=NUMBERS)
+    texts, order = ["text 0", "text 1", "text 2", "text 3"], [odd[at] for at in (3, 1, 0, 2)]
+    write_generations(tmp_path, "ARGS", texts, order)
+    assert list(read_run(tmp_path).responses["ARGS"]["result"]) == ["text 2", "text 1", "text 0", "text 3"]
 
-    (tmp_path / "generation_args.json").write_text(json.dumps(rows[:1] + rows[2:]))
-    _, printed = command()
-    assert (
-        "generation_args.json has no response for 1 of 4 prompts of baseline_results.csv (row 2)" in printed
-    )
+    write_generations(tmp_path, "ARGS", texts[:3], [order[0], *order[2:]])
+    _, printed = report()
+    assert "generation_args.json has no response for 1 of 4 rows (row 2) of baseline_results.csv" in printed
 
 
-def test_what_is_written(tmp_path, command):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], MY_OWN=[2, 3, 4, 5], PARGS=[1, None, 2, 2])
-    text = (tmp_path / "baseline_results.csv").read_text().replace("MY-OWN", "my_own & co")
-    (tmp_path / "baseline_results.csv").write_text(text)
-    command()
+# What is written
 
-    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {"baseline_results.csv"}
+
+def test_what_is_written(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS, MY_OWN=[2, 3, 4, 5], PARGS=[1, None, 2, 2])
+    (tmp_path / CSV).write_text((tmp_path / CSV).read_text().replace("MY-OWN", "my_own & co"))
+    report()
+
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {CSV}
     assert (tmp_path / "average_reward.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "average_reward.pdf").read_bytes().startswith(b"%PDF")
     markdown = (tmp_path / "average_reward.md").read_text(encoding="utf-8")
@@ -197,7 +237,7 @@ def test_what_is_written(tmp_path, command):
     assert body[0].startswith(r"\begin{tabular}") and body[-1] == r"\end{tabular}"
 
     first = {name: (tmp_path / name).read_bytes() for name in OUTPUTS}
-    command()
+    report()
     assert first == {name: (tmp_path / name).read_bytes() for name in OUTPUTS}
 
 
@@ -216,222 +256,357 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, capsys):
     assert "disk full" in capsys.readouterr().err
 
 
-def no_table(directory: Path) -> None:
-    (directory / "baseline_results.csv").unlink()
-
-
-def edit(name: str, old: str, new: str):
-    def change(directory: Path) -> None:
-        path = directory / name
-        text = path.read_text() if path.exists() else ""
-        path.write_text(text.replace(old, new) if old else new)
-
-    return change
-
-
-BAD_TRACE = '{"prompt": "p", "steps": [{"tokens": ["a"], "log_probs": [], "rewards": [1], "chosen": 0}]}\n'
-
-
 @pytest.mark.parametrize(
-    ("spoil", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (
-            no_table,
-            [],
-            "baseline_results.csv is missing; make it with `python PARGS_decode/PARGS_baselines.py`",
-        ),
-        (
-            edit("baseline_results.csv", ",3", ",three"),
-            [],
-            "row 3, column ARGS: 'three' is not a finite number",
-        ),
-        (edit("baseline_results.csv", ",3", ",inf"), [], "row 3, column ARGS: 'inf' is not a finite number"),
-        (edit("baseline_results.csv", "", ""), [], "cannot read baseline_results.csv"),
-        (edit("baseline_results.csv", "", "post,ARGS\na,1\n"), [], "needs a column `prompt`"),
-        (edit("generation_args.json", "", "[{"), [], "cannot read generation_args.json"),
-        (edit("generation_args.json", "", "{}"), [], "generation_args.json is not a list of responses"),
-        (
-            edit("generation_args.json", "", '[{"prompt": "p"}]'),
-            [],
-            "generation_args.json, row 1: needs the texts",
-        ),
-        (edit("trace_args.jsonl", "", BAD_TRACE), [], "trace_args.jsonl, line 1 is no trace"),
-        (edit("summarize_from_feedback", "", "no dataset"), [], "cannot read the test split"),
-        (None, ["--baseline", "args"], "--baseline args: not in baseline_results.csv, which has ARGS"),
-        (None, ["--resamples", "0"], "--resamples must be at least 1, not 0"),
-        (None, [".", "./"], "a run directory is named twice"),
-        (None, ["--policy", "no/such/policy"], "cannot load the tokenizer of 'no/such/policy'"),
+        (["--baseline", "args"], "--baseline args: not in baseline_results.csv, which has ARGS"),
+        (["--resamples", "0"], "--resamples should be greater than"),
+        (["--seed", "-1"], "--seed should be greater than"),
+        (["--no_such_flag", "1"], "unknown arguments: --no_such_flag"),
+        ([".", "./"], "a run directory is named twice"),
+        (["--policy", "no/such/policy"], "cannot load the tokenizer of 'no/such/policy'"),
     ],
 )
-def test_clear_errors(tmp_path, command, capsys, monkeypatch, spoil, arguments, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4])
-    write_responses(tmp_path, "args", ["a", "b", "c", "d"])
-    if spoil:
-        spoil(tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
-
-    with pytest.raises(SystemExit) as stopped:
-        command(*arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
-    assert "Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+def test_clear_errors(tmp_path, capsys, arguments, message):
+    write_rewards(tmp_path, ARGS=NUMBERS)
+    write_generations(tmp_path, "ARGS", ["a", "b", "c", "d"])
+    assert message in refuse(show_result, tmp_path, capsys, *arguments)
 
 
-def test_kl_from_a_trace_by_hand(tmp_path, command):
-    steps = [
-        {"tokens": ["a", "b"], "log_probs": [-1.0, -2.0], "rewards": [0.0, 1.0], "chosen": 1},
-        {"tokens": ["c", "d"], "log_probs": [-0.5, -3.0], "rewards": [0.5, 0.5], "chosen": 0},
-    ]
-    # w = 2: scores (-1, 0) and (0.5, -2).
-    by_hand = -log(1 + exp(-1)) + 2 - log(1 + exp(-2.5)) + 0.5
-    assert guided_kl(steps, 2.0) == pytest.approx(by_hand)
-    assert guided_kl(steps, None) == 2.5  # greedy: - log p of what was chosen
-
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], PARGS=[1, 2, 3, 4], DPO=[1, 2, 3, 4])
-    for stem in ("args", "pargs", "dpo"):
-        write_responses(tmp_path, stem, ["b c"] * 4)
-    for stem in ("args", "pargs"):
-        lines = [json.dumps({"prompt": prompt, "steps": steps}) for prompt in PROMPTS[:3]]
-        (tmp_path / f"trace_{stem}.jsonl").write_text("\n".join(lines) + "\n")
-    table, printed = command()
-    assert table.loc["ARGS", "sampled_kl"] == 2.5
-    assert table.loc["PARGS", "sampled_kl"] == pytest.approx(by_hand)
-    assert "PARGS: KL from the trace: no value for 1 of 4 responses" in printed
-    assert "no KL for DPO" in printed
+@pytest.mark.slow
+def test_no_flags_no_network_and_nothing_in_the_source_tree(tmp_path):
+    write_rewards(tmp_path, ARGS=NUMBERS, PARGS=[2, 2, 5, 3])
+    write_generations(tmp_path, "ARGS", ["a b", "c", "d", "e"])
+    before = {path for path in (ROOT / "Evaluation").iterdir() if path.name != "__pycache__"}
+    # Any name on the network resolves to a proxy that is not there.
+    environment = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, ROOT / "Evaluation/show_result.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrote average_reward.csv" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= OUTPUTS
+    assert before == {path for path in (ROOT / "Evaluation").iterdir() if path.name != "__pycache__"}
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A GPT-2 of one layer with a byte-level tokenizer, and another one of the same shape, on disk."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, "<|endoftext|>"])}
-    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-
-    paths = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        config = GPT2Config(
-            vocab_size=257, n_positions=96, n_embd=32, n_layer=1, n_head=2, initializer_range=0.3
-        )
-        paths.append(tmp_path_factory.mktemp(f"policy{seed}"))
-        GPT2LMHeadModel(config).save_pretrained(paths[-1])
-        tokenizer.save_pretrained(paths[-1])
-    return GPT2LMHeadModel.from_pretrained(paths[0], dtype=torch.float32).eval(), tokenizer, paths
+# Likelihood
 
 
-def log_probs_one_by_one(model, prompt_ids: list[int], response_ids: list[int], k: int) -> tuple[list, list]:
-    """The same numbers with no batch, no padding and one forward pass a token."""
-    full, within = [], []
-    for at, token in enumerate(response_ids):
-        logits = model(torch.tensor([prompt_ids + response_ids[:at]])).logits[0, -1]
+def pairs_of(
+    policy: Policy, texts: list[str], prompts: list[str] = PROMPTS, reason="length", template="{post}"
+) -> list[Pair]:
+    """Prompts and texts as a policy reads them that wrote no ids of theirs."""
+    rows = pd.DataFrame({"prompt": prompts, "result": texts, "finish_reason": reason})
+    return encode_texts_again(policy, index_by_prompt(rows), template, max_new_tokens=8)
+
+
+def log_probs_one_by_one(policy: Policy, prompt_ids: list[int], ids: list[int], k: int = 1) -> np.ndarray:
+    """Both log-probabilities of each token, [2, response]: no batch, no padding, one forward pass a token."""
+    found = []
+    for at, token in enumerate(ids):
+        with torch.inference_mode():
+            logits = policy.model(torch.tensor([prompt_ids + ids[:at]])).logits[0, -1]
         probabilities = logits.double().softmax(-1)
         top = probabilities.topk(k)
-        full.append(float(probabilities[token].log()))
-        is_in = token in top.indices.tolist()
-        within.append(float((probabilities[token] / top.values.sum()).log()) if is_in else float("-inf"))
-    return full, within
+        in_top = probabilities[token] / top.values.sum() * (token in top.indices.tolist())
+        found.append([float(probabilities[token].log()), float(in_top.log())])
+    return np.array(found).T
 
 
-def test_log_probs_of_a_padded_batch(policy):
-    model, tokenizer, _ = policy
-    pairs = [
-        encode_pair(tokenizer, "POST: short\nTL;DR:", " a response", True, "{post}"),
-        encode_pair(tokenizer, "POST: rather longer than that\nTL;DR:", " b", False, "{post}"),
-        encode_pair(tokenizer, "x" * 95, " too long", True, "{post}"),
-        encode_pair(tokenizer, "POST: nothing\nTL;DR:", "", False, "{post}"),
-    ]
-    assert pairs[0][1][-1] == tokenizer.eos_token_id and pairs[1][1][-1] != tokenizer.eos_token_id
-    results = response_log_probs(model, pairs, k=40, batch_size=3, label="")
+def log_p_of_texts(name: str, texts: list[str]) -> list[np.ndarray]:
+    policy = load_policy(name, torch.float32, "cpu")
+    return [log_probs_one_by_one(policy, *pair[:2])[0] for pair in pairs_of(policy, texts)]
+
+
+def test_log_probs_of_a_padded_batch(small_models):
+    policy = load_policy(small_models["gpt2"], torch.float32, "cpu")
+    prompts = ["POST: short\nTL;DR:", "POST: rather longer than that\nTL;DR:", *PROMPTS[:2]]
+    pairs = pairs_of(policy, [" a response", " b", " too long" * 200, ""], prompts)
+    pairs[0] = pairs_of(policy, [" a response"], prompts[:1], "eos")[0]
+    eos = policy.tokenizer.eos_token_id
+    assert pairs[0].response_ids[-1] == eos and pairs[1].response_ids[-1] != eos
+
+    results = response_log_probs(policy, pairs, k=40, batch_size=3, label="")
     for at in (0, 1):
-        with torch.inference_mode():
-            full, within = log_probs_one_by_one(model, *pairs[at], k=40)
-        np.testing.assert_allclose(results[at][0], full, rtol=1e-4)
-        np.testing.assert_allclose(results[at][1], within, rtol=1e-4)
+        expected = log_probs_one_by_one(policy, *pairs[at][:2], k=40)
+        np.testing.assert_allclose(results[at], expected, rtol=1e-4)
     assert np.isinf(results[0][1]).any() and np.isfinite(results[0][1]).any()  # both kinds were compared
     assert len(results[2][0]) == len(results[3][0]) == 0
 
 
-def test_only_special_tokens_of_the_template_are_live(policy):
-    _, tokenizer, _ = policy
-    eos = tokenizer.eos_token_id
-    prompt_ids, response_ids = encode_pair(tokenizer, "a<|endoftext|>b", " <|endoftext|>", True, "{post}")
+def test_only_special_tokens_of_the_template_are_live(small_models):
+    policy = load_policy(small_models["gpt2"], torch.float32, "cpu")
+    eos = policy.tokenizer.eos_token_id
+    ((prompt_ids, response_ids, _),) = pairs_of(policy, [" <|endoftext|>"], ["a<|endoftext|>b"], "eos")
     assert eos not in prompt_ids
     assert response_ids.count(eos) == 1 and response_ids[-1] == eos
 
     template = "{post}<|endoftext|>TL;DR:"
-    prompt_ids, _ = encode_pair(tokenizer, "a<|endoftext|>b<|endoftext|>TL;DR:", " c", False, template)
-    assert prompt_ids.count(eos) == 1 and prompt_ids.index(eos) == len("a<|endoftext|>b")
+    ((prompt_ids, *_),) = pairs_of(policy, [" c"], ["a<|endoftext|>b<|endoftext|>TL;DR:"], template=template)
+    assert prompt_ids.count(eos) == 1
 
 
-def test_likelihood_and_kl_under_a_policy(tmp_path, command, policy):
-    model, tokenizer, (reference_path, other_path) = policy
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], TOP_K=[1, 2, 3, 4], DPO=[1, 2, 3, 4], BESTN=[1, 2, 3, 4])
+def make_policy(tokenizer: PreTrainedTokenizerFast, folder: Path, eos_ids: list[int], seed: int = 0) -> str:
+    """A small GPT-2 of 64 tokens' reach that may end with any of these ids."""
+    torch.manual_seed(seed)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape))
+    model.generation_config.eos_token_id = eos_ids
+    return save(model, tokenizer, folder)
+
+
+def write_run(directory: Path, policy: Policy, prompts: list[str], k: int = 5, limit: int = 8) -> list:
+    """What TOP-K and BESTN of a policy leave: the third, the second, ... candidate; the last token is no word.
+
+    Returns, per prompt, the ids of the prompt as they were read, and those of the response.
+    """
+    prompt_ids, _ = encode_for_policy(policy, prompts, "{post}", limit)
+    written = []
+    for own in prompt_ids:
+        ids: list[int] = []
+        for rank in (2, 1, 0, 1):
+            with torch.inference_mode():
+                logits = policy.model(torch.tensor([own + ids])).logits[0, -1]
+            ids.append(int(logits.topk(k).indices[rank]))
+        written.append(ids)
+    texts = decode_texts(policy.tokenizer, [ids[:-1] for ids in written])
+    write_rewards(directory, prompts, TOP_K=range(len(prompts)), BESTN=range(len(prompts)))
+    for method in ("TOP-K", "BESTN"):
+        write_generations(directory, method, texts, prompts, ids=written, finish_reason="eos", num_tokens=3)
+    methods = {"TOP_K": Method(policy=policy.name), "BESTN": Method(policy=policy.name, best_of=3)}
+    write_records(directory, policy.name, k=k, max_new_tokens=limit, **methods)
+    return list(zip(prompt_ids, written, strict=True))
+
+
+def expected_row(policy: Policy, written: list, k: int = 5) -> tuple[float, float]:
+    """Log-likelihood per token, and the KL of top-k sampling."""
+    both = [log_probs_one_by_one(policy, *pair, k=k) for pair in written]
+    return np.mean([log_p.mean() for log_p, _ in both]), np.mean([(q - p).sum() for p, q in both])
+
+
+@pytest.mark.parametrize("words", ["bpe", "unigram"])
+def test_the_ids_that_were_written_are_scored(tmp_path, report, tokenizers, words):
+    """Whichever EOS ended a response, and however its text would be encoded."""
+    tokenizer = tokenizers[words]
+    before = load_policy(make_policy(tokenizer, tmp_path / "before", [1]), torch.float32, "cpu")
+    ends = {ids[-1] for _, ids in write_run(tmp_path / "run", before, PROMPTS)}
+    policy = load_policy(make_policy(tokenizer, tmp_path / "policy", [1, *ends]), torch.float32, "cpu")
+    written = write_run(tmp_path / "run", policy, PROMPTS)
+    assert all(ids[-1] in policy.eos_ids - {tokenizer.eos_token_id} for _, ids in written)
+    rows = pd.DataFrame({"prompt": PROMPTS, "result": [""] * 4, "finish_reason": "length"})
+    rows["result"] = list(read_run(tmp_path / "run").responses["TOP-K"]["result"])
+    again = encode_texts_again(policy, index_by_prompt(rows), "{post}", 8)
+    assert any(pair.response_ids != ids[:-1] for pair, (_, ids) in zip(again, written, strict=True))
+
+    table, printed = report("run", "--policy", policy.name)
+    likelihood, kl = expected_row(policy, written)
+    assert table.loc["TOP-K", "log_likelihood_per_token"] == pytest.approx(likelihood, rel=1e-4)
+    assert table.loc["TOP-K", "sampled_kl"] == pytest.approx(kl, rel=1e-4) and kl > 0
+    assert "encoded again" not in printed and "no value" not in printed
+
+    # Another policy with the same vocabulary reads the same ids.
+    other = load_policy(make_policy(tokenizer, tmp_path / "other", [1], seed=1), torch.float32, "cpu")
+    table, printed = report("run", "--policy", other.name)
+    likelihood, _ = expected_row(other, written)
+    assert table.loc["TOP-K", "log_likelihood_per_token"] == pytest.approx(likelihood, rel=1e-4)
+    kl = [
+        log_probs_one_by_one(policy, *pair, k=5)[1].sum() - log_probs_one_by_one(other, *pair)[0].sum()
+        for pair in written
+    ]
+    assert table.loc["TOP-K", "sampled_kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert "encoded again" not in printed and "no value" not in printed
+
+
+def test_text_is_encoded_again_where_the_ids_say_nothing(tmp_path, report, tokenizers, small_models):
+    policy = load_policy(make_policy(tokenizers["bpe"], tmp_path / "policy", [5, 9]), torch.float32, "cpu")
+    write_run(tmp_path / "run", policy, PROMPTS)
     texts = [" ab", " abc", " b", " cab"]
-    for stem in ("args", "top_k", "dpo", "bestn"):
-        write_responses(tmp_path, stem, texts)
-    arguments = ["--policy", reference_path, "--dpo_policy", other_path, "--k", 257]
-    table, printed = command(*arguments)
 
-    def total(name: Path | str) -> list[np.ndarray]:
-        other = type(model).from_pretrained(name, dtype=torch.float32).eval()
-        pairs = [encode_pair(tokenizer, *pair, False, "{post}") for pair in zip(PROMPTS, texts, strict=True)]
-        with torch.inference_mode():
-            return [np.array(log_probs_one_by_one(other, *pair, k=257)[0]) for pair in pairs]
+    # It ended, with one of three: of the tokenizer, 5 and 9.
+    assert policy.eos_ids == {0, 5, 9}
+    expected = []
+    for prompt_ids, ids, any_eos in pairs_of(policy, texts, reason="eos"):
+        assert any_eos
+        log_p = log_probs_one_by_one(policy, prompt_ids, ids[:-1])[0]
+        ends = [log_probs_one_by_one(policy, prompt_ids, [*ids[:-1], eos])[0][-1] for eos in (0, 5, 9)]
+        expected.append(np.mean([*log_p, np.logaddexp.reduce(ends)]))
 
-    reference, other = total(reference_path), total(other_path)
-    per_token = np.mean([each.mean() for each in reference])
-    for method in ("ARGS", "TOP-K", "DPO", "BESTN"):
-        assert table.loc[method, "log_likelihood_per_token"] == pytest.approx(per_token, rel=1e-4)
-    assert table.loc["ARGS", "sampled_kl"] == pytest.approx(
-        np.mean([-each.sum() for each in reference]), rel=1e-4
+    for method in ("TOP-K", "BESTN"):
+        write_generations(tmp_path / "run", method, texts, finish_reason="eos")
+    table, printed = report("run", "--policy", policy.name)
+    assert table.loc["TOP-K", "log_likelihood_per_token"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert "TOP-K, BESTN: policies score the text, encoded again, for their files hold no ids" in printed
+
+    written = write_run(tmp_path / "run", policy, PROMPTS)
+    foreign = load_policy(make_policy(tokenizers["unigram"], tmp_path / "foreign", [1]), torch.float32, "cpu")
+    _, printed = report("run", "--policy", foreign.name)
+    assert f"for '{foreign.name}' has another vocabulary than the policy that wrote them" in printed
+    (tmp_path / "run/methods.json").unlink()
+    _, printed = report("run", "--policy", policy.name)
+    assert "for methods.json does not say whose ids they are" in printed
+
+    write_run(tmp_path / "run", policy, PROMPTS)
+    ids = [[*own[:-1], 10**6] for _, own in written]
+    write_generations(tmp_path / "run", "TOP-K", texts, ids=ids)
+    with pytest.raises(SystemExit):
+        report("run", "--policy", policy.name)
+
+
+def test_a_prompt_is_read_as_decoding_cut_it(tmp_path, report, tokenizers):
+    policy = load_policy(make_policy(tokenizers["bpe"], tmp_path / "policy", [0]), torch.float32, "cpu")
+    prompts = ["POST: " + "my boss lost the keys " * 20 + at for at in "abcd"]
+    written = write_run(tmp_path / "run", policy, prompts, limit=30)
+    assert {len(prompt_ids) for prompt_ids, _ in written} == {64 - 30}
+    table, printed = report("run", "--policy", policy.name)
+    likelihood, kl = expected_row(policy, written)
+    assert table.loc["TOP-K", "log_likelihood_per_token"] == pytest.approx(likelihood, rel=1e-4)
+    assert table.loc["TOP-K", "sampled_kl"] == pytest.approx(kl, rel=1e-4)
+    assert "no value" not in printed
+
+
+# KL, by what methods.json says of each method
+
+
+def test_kl_from_traces_by_hand(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS, PARGS=NUMBERS, PARGS_DPO=NUMBERS, TOP_K=NUMBERS, BESTN=NUMBERS)
+    write_records(
+        tmp_path,
+        "base",
+        ARGS=Method(policy="base", guide="full", weight=1, greedy=True),
+        PARGS=Method(policy="base", guide="partial", weight=2),
+        PARGS_DPO=Method(policy="tuned", guide="partial", weight=2),
+        TOP_K=Method(policy="base"),
+        BESTN=Method(policy="base", best_of=4, chooser="full"),
     )
-    assert table.loc["TOP-K", "sampled_kl"] == pytest.approx(
-        0, abs=1e-3
-    )  # the whole vocabulary: no truncation
+    for method in ("ARGS", "PARGS", "PARGS-DPO", "TOP-K", "BESTN"):
+        write_generations(tmp_path, method, ["b c"] * 4)
+    for method in ("ARGS", "PARGS", "PARGS-DPO"):
+        write_trace(tmp_path, method, [STEPS] * 3, PROMPTS[:3])
+    table, printed = report()
+    assert table.loc["ARGS", "sampled_kl"] == -LOG_P  # greedy: - log p of what was chosen
+    assert table.loc["PARGS", "sampled_kl"] == pytest.approx(log_q_of_steps(2.0) - LOG_P)
+    assert "PARGS: KL: no value for 1 of 4 responses" in printed
+
+    # A trace on another policy holds no log p of the reference policy.
+    assert table.loc[["PARGS-DPO", "TOP-K", "BESTN"], "sampled_kl"].isna().all()
+    assert "no KL for PARGS-DPO, TOP-K: it takes --policy" in printed
+    assert "no KL for BESTN: the best of several samples" in printed
+
+
+def test_a_run_without_records_has_its_table_and_page_but_no_kl(tmp_path, report):
+    write_rewards(tmp_path, ARGS=NUMBERS)
+    write_generations(tmp_path, "ARGS", ["b c"] * 4)
+    write_trace(tmp_path, "ARGS", [STEPS] * 4)
+    table, printed = report()
+    assert table.loc["ARGS", "mean"] == 2.5 and "sampled_kl" not in table
+    said = "no KL for ARGS: methods.json does not say what it was; `python PARGS_decode/PARGS_baselines.py`"
+    assert said in printed and said in (tmp_path / "average_reward.md").read_text()
+    run_script(show_generations, tmp_path)
+    assert "ARGS" in read_page(tmp_path)["traces"]
+
+
+def test_kl_reads_the_weight_and_the_k_of_the_run(tmp_path, report, tokenizers):
+    """Run by run: on the same steps 1.5 nats with w = 2 and 3.0 with w = 10; and k = 5 is not k = 2."""
+    policy = load_policy(make_policy(tokenizers["bpe"], tmp_path / "policy", [0]), torch.float32, "cpu")
+    steps = [trace_step(("a", -3.05, 0.845), ("b", -0.05, 0.0), chosen=0)]
+    found = []
+    for weight, k in ((2.0, 5), (10.0, 3)):
+        written = write_run(tmp_path / "run", policy, PROMPTS, k=k)
+        write_rewards(tmp_path / "run", PARGS=NUMBERS, TOP_K=NUMBERS)
+        write_generations(tmp_path / "run", "PARGS", ["a"] * 4, ids=[own for _, own in written])
+        write_trace(tmp_path / "run", "PARGS", [steps] * 4)
+        methods = {"TOP_K": Method(policy=policy.name)}
+        methods["PARGS"] = Method(policy=policy.name, guide="partial", weight=weight)
+        write_records(tmp_path / "run", policy.name, k=k, **methods)
+        table, _ = report("run", "--policy", policy.name)
+        assert table.loc["TOP-K", "sampled_kl"] == pytest.approx(
+            expected_row(policy, written, k)[1], rel=1e-4
+        )
+        found.append(round(table.loc["PARGS", "sampled_kl"], 1))
+    assert found == [1.5, 3.0]  # 3.05 - log(1 + exp(3 - 0.845 w))
+
+
+def test_pooled_runs_are_measured_by_their_own_records(tmp_path, report):
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        directory = write_rewards(tmp_path / name, PARGS=NUMBERS)
+        write_generations(directory, "PARGS", ["b c"] * 4)
+        write_trace(directory, "PARGS", [STEPS] * 4)
+        write_records(directory, "base", PARGS=Method(policy="base", guide="partial", weight=weight))
+    table, _ = report("a", "b")
+    expected = (log_q_of_steps(1.0) + log_q_of_steps(3.0)) / 2 - LOG_P
+    assert table.loc["PARGS", "sampled_kl"] == pytest.approx(expected)
+
+
+def test_likelihood_and_kl_under_a_policy(tmp_path, report, small_models):
+    base, tuned, texts = small_models["gpt2"], small_models["llama"], [" ab", " abc", " b", " cab"]
+    methods = {
+        "ARGS": Method(policy=base, guide="full", weight=1, greedy=True),
+        "TOP_K": Method(policy=base),
+        "DPO": Method(policy="tuned"),
+        "BESTN": Method(policy=base, best_of=4, chooser="full"),
+        "PARGS": Method(policy=base, guide="partial", weight=1),
+    }
+    write_rewards(tmp_path / "run", **dict.fromkeys(methods, NUMBERS))
+    shutil.copytree(tuned, tmp_path / "run/tuned")  # a relative path is of the run's directory
+    for method in methods:
+        write_generations(tmp_path / "run", method.replace("_", "-"), texts)
+    write_records(tmp_path / "run", base, k=420, **methods)  # the whole vocabulary: no truncation
+    table, printed = report("run", "--policy", base)
+
+    reference, other = log_p_of_texts(base, texts), log_p_of_texts(tuned, texts)
+    per_token = np.mean([each.mean() for each in reference])
+    assert list(table["log_likelihood_per_token"]) == pytest.approx([per_token] * 5, rel=1e-4)
+    kl = table["sampled_kl"]
+    assert kl["ARGS"] == pytest.approx(np.mean([-each.sum() for each in reference]), rel=1e-4)
+    assert kl["TOP-K"] == pytest.approx(0, abs=1e-3)
     difference = np.mean([b.sum() - a.sum() for a, b in zip(reference, other, strict=True)])
-    assert table.loc["DPO", "sampled_kl"] == pytest.approx(difference, rel=1e-3)
-    assert np.isnan(table.loc["BESTN", "sampled_kl"]) and "no KL for BESTN" in printed
+    assert kl["DPO"] == pytest.approx(difference, rel=1e-3)
+    assert np.isnan(kl["BESTN"]) and "run: no KL for BESTN" in printed
+    assert (
+        np.isnan(kl["PARGS"]) and "run: no KL for PARGS: it takes the trace that `--trace` keeps" in printed
+    )
 
     # A text outside the top-k was not sampled with these tokens: named, not averaged.
-    _, printed = command("--policy", reference_path, "--k", 1)
+    write_records(tmp_path / "run", base, k=1, **methods)
+    _, printed = report("run", "--policy", base)
     assert "TOP-K: KL: no value for 4 of 4 responses" in printed
 
 
-def test_no_flags_no_network_and_nothing_in_the_source_tree(tmp_path):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4], PARGS=[2, 2, 5, 3])
-    write_responses(tmp_path, "args", ["a b", "c", "d", "e"])
-    before = {path for path in EVALUATION.iterdir() if path.name != "__pycache__"}
-    # Any name on the network resolves to a proxy that is not there.
-    environment = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, EVALUATION / "show_result.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "wrote average_reward.csv" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} >= OUTPUTS
-    assert before == {path for path in EVALUATION.iterdir() if path.name != "__pycache__"}
+def test_a_method_that_nobody_knows_is_in_table_kl_figure_and_page(
+    tmp_path, report, small_models, monkeypatch
+):
+    """Its row in stage 4's table is all it takes: here, what that row leaves in the run's directory."""
+    base, tuned, name = small_models["gpt2"], small_models["llama"], "NOVEL-2"
+    methods = {"ARGS": Method(policy=base, guide="full", weight=1, greedy=True)}
+    methods[name] = Method(policy=tuned, guide="partial", weight=2)
+    write_rewards(tmp_path, **dict.fromkeys(methods, NUMBERS), reference=NUMBERS)
+    write_records(tmp_path, base, **methods)
+    texts = [" ab", " abc", " b", " cab"]
+    for method in methods:
+        write_generations(tmp_path, method, texts)
+        write_trace(tmp_path, method, [STEPS] * 4)
+
+    drawn = []
+    monkeypatch.setattr(show_result, "save_figure", lambda figure, path: drawn.append(figure))
+    table, printed = report("--policy", base)
+    assert f"{name}  " in printed and table.loc[name, "mean_tokens"] == 1
+    log_p = np.mean([each.sum() for each in log_p_of_texts(base, texts)])  # not the trace's, which is tuned's
+    assert table.loc[name, "sampled_kl"] == pytest.approx(log_q_of_steps(2.0) - log_p, rel=1e-4)
+    assert table.loc["ARGS", "sampled_kl"] == -LOG_P
+
+    left = drawn[0].axes[0]
+    assert [label.get_text() for label in left.get_yticklabels()][1] == f"{name}  (n=4)"
+    colours = [to_hex(points.get_facecolor()[0]) for points in left.collections]
+    assert colours == [*PALETTE[:2], GREY]  # by place; the reference is grey
+
+    run_script(show_generations, tmp_path)
+    page = read_page(tmp_path)
+    assert page["methods"] == ["ARGS", name, "reference"]
+    assert [step["tokens"] for step in page["traces"][name][0]] == [["a", "b"], ["c", "d"]]
+    assert page["prompts"][2]["responses"][1] == " b" and page["table"]["rows"][1][0] == name
 
 
-def test_unknown_flag_and_help(tmp_path, command, capsys):
-    write_rewards(tmp_path, ARGS=[1, 2, 3, 4])
-    with pytest.raises(SystemExit) as stopped:
-        command("--no_such_flag", "1")
-    assert stopped.value.code == 2 and "unknown arguments: --no_such_flag" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        command("--help")
-    assert stopped.value.code == 0 and "--pargs_weight" in capsys.readouterr().out
+def test_a_step_has_candidates_of_one_length():
+    with pytest.raises(ValueError, match="of one length"):
+        Step(tokens=["a"], log_probs=[], rewards=[1.0], chosen=0)
+    with pytest.raises(ValueError, match="of one length"):
+        Step(tokens=["a"], log_probs=[-1.0], rewards=[1.0], chosen=1)

@@ -1,63 +1,55 @@
 """Stages 2 and 3: the Bradley-Terry loss, one pass over all prefixes, evaluation by quarter, DPO's inputs."""
 
-import json
+import runpy
 import sys
+from pathlib import Path
 
 import GPT2_large_DPO_tldr
 import pytest
 import tldr_data_process_partial
 import tldr_partial_reward_model
 import torch
-import training_setup
-from conftest import make_posts
-from datasets import Dataset, DatasetDict, load_from_disk
+from conftest import assert_one_error, make_posts
+from datasets import load_from_disk
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, quarter_of, sample_by_quarter
+from test_data import TEMPLATE, refuse, run_main, write_pairs
 from tldr_partial_reward_model import Settings, make_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from pargs import training
+from pargs.files import read_notes
+from pargs.prefixes import PairFrame
+from pargs.training import rename_old_flags, settle_logging
+
 QUIET = ("--report_to", "none", "--save_strategy", "no", "--gradient_checkpointing", "False")
+PREFIXES = "summarize_from_feedback_partial"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path
 
 
-def write_pairs(count: int = 12) -> None:
-    rows = [
-        {"prompt": f"POST: {post}\nTL;DR:", "chosen": f" {good}", "rejected": f" {bad}"}
-        for post, good, bad in make_posts(count, 3)
-    ]
-    splits = {"train": rows, "validation": rows[: count // 2]}
-    DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(
-        "summarize_from_feedback"
+def write_posts(count: int = 12) -> None:
+    """Preference pairs of a small world of posts."""
+    write_pairs(
+        [
+            {"prompt": TEMPLATE.format(post=post), "chosen": f" {good}", "rejected": f" {bad}"}
+            for post, good, bad in make_posts(count, 3)
+        ]
     )
-    with open("summarize_from_feedback/processing.json", "w") as file:
-        json.dump({"template": "POST: {post}\nTL;DR:"}, file)
-
-
-def run_main(module, monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["script", *arguments])
-    module.main()
 
 
 def make_prefix_data(monkeypatch, reward_model: str, count: int = 12) -> None:
-    write_pairs(count)
+    write_posts(count)
     run_main(tldr_data_process_partial, monkeypatch, "--reward_model", reward_model, "--num_comparisons", "0")
 
 
 def trainer_for(model: str, **changes):
-    settings = Settings(
-        model_name_or_path=model,
-        report_to="none",
-        gradient_checkpointing=False,
-        per_device_train_batch_size=4,
-        **changes,
-    )
-    return make_trainer(settings)
+    quiet = {"report_to": "none", "gradient_checkpointing": False, "per_device_train_batch_size": 4}
+    return make_trainer(Settings(model_name_or_path=model, **quiet, **changes))
 
 
 # The loss
@@ -100,11 +92,9 @@ def test_one_pass_over_all_prefixes_is_the_average_over_entries(here, monkeypatc
 
     model = AutoModelForSequenceClassification.from_pretrained(small_models[reward_name]).eval()
     base = getattr(model, model.base_model_prefix)
-    folder = "summarize_from_feedback_partial"
-    how = json.loads((here / folder / "processing.json").read_text())
-    pairs = load_from_disk(f"{folder}/pairs")["train"]
-    rows = load_from_disk(folder)["train"].filter(lambda pair: pair < 4, input_columns="pair")
-    entries = expand_entries(rows[:], pairs, how["frame"])
+    pairs = load_from_disk(f"{PREFIXES}/pairs")["train"]
+    rows = load_from_disk(PREFIXES)["train"].filter(lambda pair: pair < 4, input_columns="pair")
+    entries = expand_entries(rows[:], pairs, PairFrame(**read_notes(PREFIXES, "")["frame"]))
     losses = []
     for at in range(len(rows)):
         chosen, rejected = (
@@ -169,8 +159,7 @@ def test_quarters_of_a_response():
 
 def test_evaluation_entries_are_stratified(here, monkeypatch, small_models):
     make_prefix_data(monkeypatch, small_models["bert"], count=30)
-    entries = load_from_disk("summarize_from_feedback_partial")["train"]
-    pairs = load_from_disk("summarize_from_feedback_partial/pairs")["train"]
+    entries, pairs = (load_from_disk(folder)["train"] for folder in (PREFIXES, f"{PREFIXES}/pairs"))
     chosen = sample_by_quarter(entries, pairs, num_comparisons=8, num_entries=40, seed=0)
     longest = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs]
     quarters = [quarter_of(row["length"], longest[row["pair"]]) for row in chosen]
@@ -185,7 +174,7 @@ def test_reported_accuracy_is_that_of_the_entries(here, monkeypatch, small_model
     trainer = trainer_for(small_models[reward_name], eval_entries=24, per_device_eval_batch_size=5)
     metrics = trainer.evaluate()
 
-    correct = {quarter: [] for quarter in range(4)}
+    margins = {quarter: [] for quarter in range(4)}
     trainer.model.eval()
     for at in range(len(trainer.eval_dataset)):
         batch = trainer.data_collator([trainer.eval_dataset[at]])
@@ -193,36 +182,31 @@ def test_reported_accuracy_is_that_of_the_entries(here, monkeypatch, small_model
         with torch.no_grad():
             _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-        for quarter, right in zip(quarters, (chosen > rejected).tolist(), strict=True):
-            correct[quarter].append(right)
+        for quarter, margin in zip(quarters, (chosen - rejected).tolist(), strict=True):
+            margins[quarter].append(margin)
 
-    everything = [right for rights in correct.values() for right in rights]
-    assert metrics["eval_accuracy"] == pytest.approx(sum(everything) / len(everything))
-    for quarter, rights in correct.items():
-        assert metrics[f"eval_accuracy_quarter_{quarter + 1}"] == pytest.approx(sum(rights) / len(rights))
+    margins[""] = [margin for quarter in margins.values() for margin in quarter]
+    for quarter, found in margins.items():
+        name = "eval_accuracy" if quarter == "" else f"eval_accuracy_quarter_{quarter + 1}"
+        # Where both sides begin alike the rewards are equal but for rounding, and either may be above.
+        least, most = (sum(margin > tie for margin in found) / len(found) for tie in (1e-5, -1e-5))
+        assert least - 1e-6 <= metrics[name] <= most + 1e-6
+        assert most - least < 0.5
 
 
 # The scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward_name", ["deberta", "gpt2-reward"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_partial_reward_model_learns_and_is_saved_whole(
     here, monkeypatch, small_models, capsys, reward_name, lora
 ):
     make_prefix_data(monkeypatch, small_models[reward_name])
-    flags = [
-        *QUIET,
-        *(
-            "--model_name_or_path",
-            small_models[reward_name],
-            "--learning_rate",
-            "3e-3",
-            "--eval_entries",
-            "32",
-        ),
-        *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--max_steps", "12"),
-    ]
+    flags = [*QUIET, "--model_name_or_path", small_models[reward_name], "--learning_rate", "3e-3"]
+    flags += ["--eval_entries", "32", "--per_device_train_batch_size", "8"]
+    flags += ["--gradient_accumulation_steps", "1", "--max_steps", "12"]
     if lora:
         flags += ["--use_peft", "--lora_r", "4"]
     run_main(tldr_partial_reward_model, monkeypatch, *flags)
@@ -234,60 +218,55 @@ def test_partial_reward_model_learns_and_is_saved_whole(
     assert not loading["missing_keys"] and saved.config.num_labels == 1
     assert saved.dtype == torch.float32
 
-    before = AutoModelForSequenceClassification.from_pretrained(small_models[reward_name])
-    moved = [
-        (parameter - dict(before.named_parameters())[name]).abs().max().item()
-        for name, parameter in saved.named_parameters()
-    ]
+    before = dict(
+        AutoModelForSequenceClassification.from_pretrained(small_models[reward_name]).named_parameters()
+    )
+    moved = [(parameter - before[name]).abs().max() for name, parameter in saved.named_parameters()]
     assert max(moved) > 1e-3
-    shown = capsys.readouterr().out
-    assert "accuracy quarter 4" in shown and "step     12" in shown
+    shown = capsys.readouterr()
+    assert "accuracy quarter 4" in shown.out and "step     12" in shown.out
+    assert "\r" not in shown.err  # no progress bars where there is no terminal
 
 
 def test_two_labels_wrong_tokenizer_and_missing_data_are_refused(
-    here, monkeypatch, small_models, capsys, tmp_path
+    here, monkeypatch, small_models, call_main, tmp_path_factory
 ):
-    with pytest.raises(SystemExit) as stopped:
-        run_main(tldr_partial_reward_model, monkeypatch, "--model_name_or_path", small_models["bert"], *QUIET)
-    assert stopped.value.code == 2
-    assert "python DataProcess/tldr_data_process_partial.py" in capsys.readouterr().err
+    def refusal(model: str) -> str:
+        return refuse(call_main, tldr_partial_reward_model, "--model_name_or_path", model, *QUIET)
 
+    assert "make it with `python DataProcess/tldr_data_process_partial.py`" in refusal(small_models["bert"])
     make_prefix_data(monkeypatch, small_models["bert"])
-    with pytest.raises(SystemExit):
-        run_main(
-            tldr_partial_reward_model, monkeypatch, "--model_name_or_path", small_models["deberta"], *QUIET
-        )
-    assert "--reward_model" in capsys.readouterr().err
+    assert f"--reward_model {small_models['deberta']}`" in refusal(small_models["deberta"])
 
-    model = AutoModelForSequenceClassification.from_pretrained(
+    two = tmp_path_factory.mktemp("two")
+    AutoModelForSequenceClassification.from_pretrained(
         small_models["bert"], num_labels=2, ignore_mismatched_sizes=True
-    )
-    model.save_pretrained(tmp_path / "two")
-    with pytest.raises(SystemExit):
-        run_main(
-            tldr_partial_reward_model, monkeypatch, "--model_name_or_path", str(tmp_path / "two"), *QUIET
-        )
-    assert "has 2 labels" in capsys.readouterr().err
-    assert not (here / "partial_reward_modeling_tldr/config.json").exists()
+    ).save_pretrained(two)
+    assert "has 2 labels" in refusal(str(two))
 
 
 def test_old_flags_and_unsupported_precision(capsys, monkeypatch):
-    renamed = training_setup.rename_old_flags(
+    renamed = rename_old_flags(
         ["--evaluation_strategy=steps", "--no_remove_unused_columns", "--fp16", "--max_length", "5"]
     )
-    assert renamed == [
-        "--eval_strategy=steps",
-        "--remove_unused_columns=False",
-        "--fp16",
-        "--max_length",
-        "5",
-    ]
+    expected = ["--eval_strategy=steps", "--remove_unused_columns=False", "--fp16", "--max_length", "5"]
+    assert renamed == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = Settings(fp16=True, load_in_4bit=True)
     assert not settings.fp16 and not settings.bf16 and not settings.load_in_4bit
     said = capsys.readouterr().err
     assert "--evaluation_strategy became --eval_strategy" in said and "--fp16 needs a GPU" in said
     assert Settings().bf16 is False  # on a CPU, and never left to TRL's default
+
+
+def test_wandb_is_needed_only_where_it_reports(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    runpy.run_path(training.__file__)
+    settle_logging(Settings(report_to="none"))
+    with pytest.raises(SystemExit) as stopped:
+        settle_logging(Settings(report_to="wandb"))
+    assert_one_error(stopped.value.code, capsys.readouterr().err, "--report_to none trains without it")
 
 
 # DPO
@@ -306,7 +285,7 @@ def test_dpo_prompts_lose_their_beginning_and_responses_nothing(tokenizers):
 
     def encode(max_length, max_prompt_length):
         encoded = GPT2_large_DPO_tldr.encode_preferences(
-            row, tokenizer, "POST: {post}\nTL;DR:", max_length, max_prompt_length
+            row, tokenizer, TEMPLATE, max_length, max_prompt_length
         )
         assert encoded["chosen_ids"] == [chosen] and encoded["rejected_ids"] == [rejected]
         return encoded["prompt_ids"][0]
@@ -317,8 +296,9 @@ def test_dpo_prompts_lose_their_beginning_and_responses_nothing(tokenizers):
     assert encode(len(chosen), 512) == prompt[-1:]
 
 
+@pytest.mark.slow
 def test_dpo_adapter_is_saved_and_loads(here, monkeypatch, small_models, capsys):
-    write_pairs()
+    write_posts()
     run_main(
         GPT2_large_DPO_tldr,
         monkeypatch,
@@ -339,7 +319,7 @@ def test_dpo_adapter_is_saved_and_loads(here, monkeypatch, small_models, capsys)
 
 
 def test_dpo_batches_hold_whole_responses(here, monkeypatch, small_models):
-    write_pairs()
+    write_posts()
     settings = GPT2_large_DPO_tldr.Settings(
         model_name_or_path=small_models["gpt2"], report_to="none", max_length=60, use_peft=True
     )

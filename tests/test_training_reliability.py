@@ -16,13 +16,17 @@ import psutil
 import pytest
 import tldr_partial_reward_model
 import torch
-import training_setup
 import transformers
-from conftest import ROOT
+from conftest import ROOT, assert_one_error
 from forked import Run, run
 from safetensors.torch import load_file
-from test_training import make_prefix_data, run_main
+from small_disk import small_disk  # noqa: F401
+from test_data import refuse
+from test_training import PREFIXES, make_prefix_data
 from tldr_partial_reward_model import Settings, make_trainer
+
+from pargs import training
+from pargs.training import checkpoint_to_resume, is_whole
 
 REWARD = "partial_reward_training/tldr_partial_reward_model.py"
 DPO = "DPO_training/GPT2_large_DPO_tldr.py"
@@ -45,8 +49,8 @@ def data(small_models, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def here(data, tmp_path) -> Path:
-    shutil.copytree(data["deberta"], tmp_path / "run")
+def here(data, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(shutil.copytree(data["deberta"], tmp_path / "run"))
     return tmp_path / "run"
 
 
@@ -74,6 +78,7 @@ def last_step(output: Path) -> int:
 # Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "model", "kills"), [(REWARD, "deberta", 6), (DPO, "gpt2", 4)])
 def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(
     data, small_models, tmp_path, script, model, kills
@@ -87,12 +92,10 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(
 
     moments = random.Random(7)
     for _ in range(kills):
-        training = Run(script, [*flags, *RESUME], killed)
+        resumed = Run(script, [*flags, *RESUME], killed)
         saved = last_step(killed / output) + 2 * moments.choice([1, 1, 2])
-        while last_step(killed / output) < saved:
-            assert training.process.is_alive(), training.log.read_text()
-            time.sleep(0.001)
-        assert training.kill_after(moments.uniform(0, pause))
+        resumed.wait_until(lambda saved=saved: last_step(killed / output) >= saved)
+        assert resumed.kill_after(moments.uniform(0, pause))
     code, said = run(script, [*flags, *RESUME], killed)
     assert code == 0 and "starts from the beginning" not in said, said
 
@@ -103,6 +106,7 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(
     assert not (killed / output / ".writing").exists()
 
 
+@pytest.mark.slow
 def test_only_a_whole_checkpoint_is_continued(here, small_models):
     """After damage the checkpoint before is used; without any, training starts anew."""
     flags = flags_for(REWARD, small_models["deberta"], "--save_steps", "1", steps=3)
@@ -113,36 +117,38 @@ def test_only_a_whole_checkpoint_is_continued(here, small_models):
     kept = sorted(folder.name for folder in output.glob("checkpoint-*"))
     assert kept == ["checkpoint-2", "checkpoint-3"]  # --save_total_limit
     assert not [*output.rglob("training_args.bin")]
-    find = training_setup.checkpoint_to_resume
-    assert find("True", output) == find("true", output) == str(output / "checkpoint-3")
-    assert find(None, output) is None is find("False", output)
+    assert (
+        checkpoint_to_resume("True", output) == checkpoint_to_resume("true", output) == str(output / kept[1])
+    )
+    assert checkpoint_to_resume(None, output) is None is checkpoint_to_resume("False", output)
 
     os.truncate(output / "checkpoint-3/optimizer.pt", 1000)
-    assert find("True", output) == str(output / "checkpoint-2")
+    assert checkpoint_to_resume("True", output) == str(output / "checkpoint-2")
     (output / "checkpoint-2/model.safetensors").unlink()
-    assert find("True", output) is None
+    assert checkpoint_to_resume("True", output) is None
 
     for folder in (output / "checkpoint-3", here / "nowhere"):
         code, said = run(REWARD, [*flags, "--resume_from_checkpoint", folder], here)
-        assert code == 2 and "Traceback" not in said
-        assert said.strip().splitlines()[-1].startswith(f"error: '{folder}' is no whole checkpoint")
+        assert_one_error(code, said, f"error: '{folder}' is no whole checkpoint")
+
+
+def trainer_that_saves(model: str, **changes):
+    trainer = make_trainer(Settings(model, report_to="none", max_steps=1, **changes))
+    trainer.create_optimizer_and_scheduler(1)
+    return trainer
 
 
 def test_an_old_checkpoint_is_deleted_only_after_the_new_one_is_whole(here, small_models, monkeypatch):
     """Or a kill between the two would leave nothing, with --save_total_limit 1."""
-    monkeypatch.chdir(here)
-    trainer = make_trainer(
-        Settings(small_models["deberta"], report_to="none", save_total_limit=1, max_steps=1)
-    )
-    trainer.create_optimizer_and_scheduler(1)
-    delete = training_setup.rotate_checkpoints
+    trainer = trainer_that_saves(small_models["deberta"], save_total_limit=1)
+    delete = training.rotate_checkpoints
 
     def only_when_whole(output_dir: str, save_total_limit: int | None = None, **options) -> None:
         newest = Path(output_dir, f"checkpoint-{trainer.state.global_step}")
-        assert save_total_limit is None or training_setup.is_whole(newest)
+        assert save_total_limit is None or is_whole(newest)
         delete(output_dir, save_total_limit=save_total_limit, **options)
 
-    monkeypatch.setattr(training_setup, "rotate_checkpoints", only_when_whole)
+    monkeypatch.setattr(training, "rotate_checkpoints", only_when_whole)
     monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", only_when_whole)
     for step in (1, 2):
         trainer.state.global_step = step
@@ -151,12 +157,10 @@ def test_an_old_checkpoint_is_deleted_only_after_the_new_one_is_whole(here, smal
 
 
 def test_a_checkpoint_of_the_same_step_is_not_mixed_with_an_earlier_one(here, small_models, monkeypatch):
-    monkeypatch.chdir(here)
-    trainer = make_trainer(Settings(small_models["deberta"], report_to="none", max_steps=1))
-    trainer.create_optimizer_and_scheduler(1)
+    trainer = trainer_that_saves(small_models["deberta"])
     trainer._save_checkpoint(trainer.model, None)
     folder = here / OUTPUT[REWARD] / "checkpoint-0"
-    assert training_setup.is_whole(folder)
+    assert is_whole(folder)
 
     # Files of one length, so that a list of sizes could not tell them apart.
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: os._exit(9))
@@ -167,7 +171,30 @@ def test_a_checkpoint_of_the_same_step_is_not_mixed_with_an_earlier_one(here, sm
         finally:
             os._exit(1)  # never go on as a second pytest
     assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
-    assert (folder / "model.safetensors").exists() and not training_setup.is_whole(folder)
+    assert (folder / "model.safetensors").exists() and not is_whole(folder)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_keeps_the_older_checkpoints(data, small_models, small_disk):  # noqa: F811
+    """Ever larger disks, until all checkpoints and the model fit."""
+    flags = flags_for(REWARD, small_models["deberta"], "--save_steps", "1", *RESUME, steps=3)
+    size = sum(file.stat().st_size for file in data["deberta"].rglob("*")) // 1024
+    failed = set()
+    while True:
+        size += 250
+        disk = small_disk(size)
+        output = disk.path / OUTPUT[REWARD]
+        shutil.copytree(data["deberta"], disk.path, dirs_exist_ok=True)
+        code, said = disk.run(REWARD, flags)
+        if not code:
+            break
+        assert_one_error(code, said, "cannot write", "is the disk full?")
+        assert not (output / ".writing").exists()
+        saved = sorted(folder.name for folder in output.glob("checkpoint-*"))
+        assert all(is_whole(output / folder) for folder in saved) and not (output / "config.json").exists()
+        failed.add(tuple(saved))
+    assert {(), ("checkpoint-1",)} <= failed
+    assert (output / "model.safetensors").exists()
 
 
 # Bad input
@@ -199,19 +226,15 @@ def as_pickle(folder: Path, contents: object = None) -> None:
 
 
 MODELS = {
-    "weights cut short": (lambda folder: cut(folder / "model.safetensors"), "cannot load the weights"),
+    "weights cut short": (lambda folder: cut(folder / "model.safetensors"), "cannot train"),
     "noise for weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 999),
-        "cannot load the weights",
+        "cannot train",
     ),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors"),
-    "weights in another pickle": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "model.pkl"),
-        "has neither model.safetensors nor pytorch_model.bin",
-    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     "pickle cut short": (
         lambda folder: [as_pickle(folder), cut(folder / "pytorch_model.bin")],
-        "cannot load the weights",
+        "cannot train",
     ),
     "configuration cut short": (lambda folder: cut(folder / "config.json"), "cannot load"),
     "tokenizer cut short": (lambda folder: cut(folder / "tokenizer.json"), "cannot load the tokenizer"),
@@ -219,18 +242,13 @@ MODELS = {
 
 
 @pytest.fixture
-def refused(here, monkeypatch, capsys) -> Callable[[str, list[str], str], None]:
+def refused(here, call_main) -> Callable[[str, list[str], str], str]:
     """Exit code 2, one error line that holds the message, no traceback, nothing written."""
 
-    def check(script: str, flags: list[str], message: str) -> None:
-        before = sorted(here.rglob("*"))
-        monkeypatch.chdir(here)
-        with pytest.raises(SystemExit) as stopped:
-            run_main(MODULES[script], monkeypatch, *flags)
-        said = capsys.readouterr().err
-        assert stopped.value.code == 2 and said.count("error: ") == 1
+    def check(script: str, flags: list[str], message: str) -> str:
+        said = refuse(call_main, MODULES[script], *flags)
         assert message in said.split("error: ")[1]
-        assert sorted(here.rglob("*")) == before
+        return said
 
     return check
 
@@ -244,78 +262,69 @@ def test_a_damaged_model_is_refused(refused, small_models, tmp_path, case):
 
 
 def test_a_pickle_of_code_is_refused_and_not_run(refused, small_models, tmp_path):
-    sentinel = tmp_path / "ran"
+    ran = tmp_path / "ran"
     for script, model in ((REWARD, "deberta"), (DPO, "gpt2")):
-        code = {"weight": Code(f"touch {sentinel}")}
+        code = {"weight": Code(f"touch {ran}")}
         folder = changed(small_models[model], tmp_path / model, lambda to, code=code: as_pickle(to, code))
-        refused(script, flags_for(script, folder), "holds more than tensors")
-    assert not sentinel.exists()
+        said = refused(script, flags_for(script, folder), "holds more than weights, that is, code")
+        assert "weights_only" not in said  # torch says how to run it all the same
+    assert not ran.exists()
     torch.load(tmp_path / "gpt2/pytorch_model.bin", weights_only=False)
-    assert sentinel.exists()  # the pickle would have run
+    assert ran.exists()  # the pickle would have run
 
 
-def test_a_pickle_of_tensors_is_read_with_one_warning(here, small_models, tmp_path):
+@pytest.mark.slow
+def test_a_pickle_of_weights_is_read_with_one_warning(here, small_models, tmp_path):
     folder = changed(small_models["deberta"], tmp_path / "pickled", as_pickle)
     code, said = run(REWARD, flags_for(REWARD, folder), here)
     assert code == 0 and said.count("warning: ") == 1
-    assert "its pickle pytorch_model.bin is read with weights_only=True" in said
+    assert "has no safetensors; of its pickle only weights are read" in said
     assert (here / OUTPUT[REWARD] / "model.safetensors").exists()
 
 
-SETTINGS = {
-    "hub name, no network": (REWARD, "nobody/nothing", [], "cannot load 'nobody/nothing'"),
-    "encoder as policy": (DPO, "deberta", [], "a policy is a causal language model"),
-    "reward model as policy": (DPO, "gpt2-reward", [], "a policy is a causal language model"),
-    "unknown flag": (REWARD, "deberta", ["--nonsense", "1"], "--nonsense"),
-    "wrong type": (DPO, "gpt2", ["--max_steps", "many"], "--max_steps"),
-    "flags that disagree": (
-        REWARD,
-        "deberta",
-        ["--load_best_model_at_end", "--save_steps", "3"],
-        "round multiple",
-    ),
-    "no batch": (DPO, "gpt2", ["--per_device_train_batch_size", "0"], "must be at least 1"),
-    "no such layer": (DPO, "gpt2", ["--lora_target_modules", "none"], "Target modules none not found"),
-    "unwritable folder": (DPO, "gpt2", ["--output_dir", "/proc/nothing"], "/proc/nothing"),
-    "code of a repository": (REWARD, "deberta", ["--trust_remote_code"], "--trust_remote_code stays off"),
-    "pickled code": (
-        DPO,
-        "gpt2",
-        ["--model_init_kwargs", '{"weights_only": false}'],
-        "weights_only stays on",
-    ),
-}
+@pytest.mark.parametrize(
+    ("script", "model", "flags", "message"),
+    [
+        (REWARD, "nobody/nothing", "", "cannot load 'nobody/nothing'"),  # a hub name, and no network
+        (DPO, "deberta", "", "a policy is a causal language model"),
+        (DPO, "gpt2-reward", "", "a policy is a causal language model"),
+        (REWARD, "deberta", "--nonsense 1", "--nonsense"),
+        (DPO, "gpt2", "--max_steps many", "--max_steps"),
+        (REWARD, "deberta", "--load_best_model_at_end --save_steps 3", "round multiple"),
+        (REWARD, "deberta", "--eval_entries 0", "--eval_entries should be greater than 0, not 0"),
+        (DPO, "gpt2", "--per_device_train_batch_size 0", "should be greater than 0, not 0"),
+        (DPO, "gpt2", "--learning_rate nan", "--learning_rate should be"),
+        (DPO, "gpt2", "--use_peft False", "--use_peft must stay on"),
+        (DPO, "gpt2", "--lora_target_modules none", "Target modules none not found"),
+        (DPO, "gpt2", "--output_dir /proc/nothing", "'/proc/nothing'"),
+        (REWARD, "deberta", "--trust_remote_code", "--trust_remote_code stays off"),
+        (DPO, "gpt2", '--model_init_kwargs {"weights_only":false}', "weights_only stays on"),
+    ],
+)
+def test_wrong_settings_are_refused(refused, small_models, script, model, flags, message):
+    refused(script, flags_for(script, small_models.get(model, model), *flags.split()), message)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
-def test_wrong_settings_are_refused(refused, small_models, case):
-    script, model, more, message = SETTINGS[case]
-    refused(script, flags_for(script, small_models.get(model, model), *more), message)
+def entries_for_pairs(pairs: Path) -> None:
+    """Put the comparisons where the entries should be."""
+    shutil.rmtree(pairs.parent / "train")
+    shutil.copytree(pairs / "train", pairs.parent / "train")
 
 
-PREFIXES = "summarize_from_feedback_partial"
-DAMAGE = {
-    "prefixes cut short": (REWARD, f"{PREFIXES}/train/*.arrow", cut),
-    "comparisons cut short": (REWARD, f"{PREFIXES}/pairs/train/*.arrow", cut),
-    "prefixes missing": (REWARD, f"{PREFIXES}/train/*.arrow", Path.unlink),
-    "processing.json missing": (REWARD, f"{PREFIXES}/processing.json", Path.unlink),
-    "processing.json cut short": (REWARD, f"{PREFIXES}/processing.json", cut),
-    "another dataset": (
-        REWARD,
-        f"{PREFIXES}/pairs",
-        lambda pairs: [
-            shutil.rmtree(pairs.parent / "train"),
-            shutil.copytree(pairs / "train", pairs.parent / "train"),
-        ],
-    ),
-    "preferences cut short": (DPO, "summarize_from_feedback/train/*.arrow", cut),
-    "no split for training": (DPO, "summarize_from_feedback/train", shutil.rmtree),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_dataset_is_refused(refused, here, small_models, case):
-    script, pattern, damage = DAMAGE[case]
+@pytest.mark.parametrize(
+    ("script", "pattern", "damage"),
+    [
+        (REWARD, f"{PREFIXES}/train/*.arrow", cut),
+        (REWARD, f"{PREFIXES}/train/*.arrow", Path.unlink),
+        (REWARD, f"{PREFIXES}/pairs/train/*.arrow", cut),
+        (REWARD, f"{PREFIXES}/pairs", entries_for_pairs),
+        (REWARD, f"{PREFIXES}/processing.json", cut),
+        (REWARD, f"{PREFIXES}/processing.json", Path.unlink),
+        (DPO, "summarize_from_feedback/train/*.arrow", cut),
+        (DPO, "summarize_from_feedback/train", shutil.rmtree),
+    ],
+)
+def test_a_damaged_dataset_is_refused(refused, here, small_models, script, pattern, damage):
     damage(next(here.glob(pattern)))
     model = small_models["deberta" if script == REWARD else "gpt2"]
     refused(script, flags_for(script, model), "make it with `python DataProcess/")
@@ -347,6 +356,7 @@ def losses(directory: Path) -> list[float]:
     return [log["loss"] for log in curve(directory / OUTPUT[REWARD], 12) if "loss" in log]
 
 
+@pytest.mark.slow
 def test_loss_does_not_depend_on_the_number_of_processes(data, small_models, tmp_path):
     """A causal model, whose rows hold different numbers of entries; the loss is averaged over all of them."""
     one, three = (shutil.copytree(data["gpt2-reward"], tmp_path / name) for name in ("one", "three"))
@@ -358,6 +368,7 @@ def test_loss_does_not_depend_on_the_number_of_processes(data, small_models, tmp
     assert len(losses(one)) == 12 and losses(three) == pytest.approx(losses(one), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_a_rerun_continues(data, small_models, tmp_path):
     one, two = (shutil.copytree(data["deberta"], tmp_path / name) for name in ("one", "two"))
     assert run(REWARD, flags_of_a_step(small_models["deberta"], 6), one)[0] == 0

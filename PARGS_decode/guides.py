@@ -1,0 +1,245 @@
+"""Guides score the candidates of a step: the reward of each prefix continued by each candidate.
+
+An encoder (or a causal model with a tokenizer of its own) reads prompt and response afresh for every
+candidate: `RereadingGuide`. A causal model that shares the policy's tokenizer keeps its own key-value cache
+and reads only the token just chosen and the k candidates of a step: `CachedGuide`.
+"""
+
+import torch
+from responses import Response
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from pargs.cli import fail, warn
+from pargs.encoding import decode_texts, encode_prompts, eos_id
+from pargs.models import MODEL_ERRORS, Policy, RewardModel
+from pargs.scoring import (
+    Continuation,
+    base_model,
+    encode_continuations,
+    fit_pair,
+    score_head,
+    score_pairs,
+)
+
+# How far rewards of the cache may lie from those of reading afresh, beside 1 + the largest of them.
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def choose_guide(
+    reward_model: RewardModel, policy: Policy, template: str, max_new_tokens: int, responses: list[Response]
+) -> "RereadingGuide | CachedGuide":
+    """The guide that decodes `responses`: a cached one only where it gives the rewards of reading afresh."""
+    guide = make_guide(reward_model, policy, template, max_new_tokens)
+    if not isinstance(guide, CachedGuide):
+        return guide
+
+    afresh = RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, guide.reserved)
+    fault = find_fault(guide, afresh, responses, max_new_tokens, len(policy.tokenizer))
+    if not fault:
+        return guide
+    warn(f"{reward_model.name!r} cannot use a key-value cache ({fault}): every candidate is read afresh")
+    return afresh
+
+
+def make_guide(
+    reward_model: RewardModel, policy: Policy, template: str, max_new_tokens: int
+) -> "RereadingGuide | CachedGuide":
+    """The guide that suits the kind of reward model."""
+    reserved = max_new_tokens + 1
+    if reward_model.max_length - reward_model.frame.num_special <= reserved:
+        length = reward_model.max_length
+        fail(f"{reward_model.name!r} reads {length} tokens: no prompt fits beside --max_new_tokens")
+    if can_cache(reward_model, policy.tokenizer):
+        return CachedGuide(reward_model, policy.eos_ids, template, reserved)
+    return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, reserved)
+
+
+def can_cache(reward_model: RewardModel, policy_tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether candidates can share a cache: the policy's ids, and attention over the whole prefix."""
+    layers = DynamicCache(config=reward_model.model.config).layers
+    sliding = any(getattr(layer, "is_sliding", False) for layer in layers)
+    return reward_model.shares_ids_with(policy_tokenizer) and not sliding
+
+
+def find_fault(
+    cached: "CachedGuide",
+    afresh: "RereadingGuide",
+    responses: list[Response],
+    max_new_tokens: int,
+    vocabulary: int,
+) -> str | None:
+    """What is wrong with the cached rewards of the longest and the shortest prompt, or None.
+
+    Asked behind prefixes of random tokens up to the full length, since some layers see only what is near.
+    """
+    reward_model = cached.reward_model
+    asked = reward_model.calls, reward_model.tokens_read
+    by_length = sorted(responses, key=lambda response: len(response.prompt_ids), reverse=True)
+    probes = [Response(by_length[at].prompt, by_length[at].prompt_ids, 0) for at in (0, -1)]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (2, max_new_tokens), generator=generator).tolist()
+    candidates = torch.randint(vocabulary, (2, 3), generator=generator).to(reward_model.model.device)
+
+    afresh.begin(probes)
+    try:
+        cached.begin(probes)
+        for length in sorted({0, max(0, max_new_tokens - 2), max_new_tokens - 1}):
+            if length == max_new_tokens - 1 and length:  # the shorter one has ended
+                cached.keep([0])
+                probes, candidates = probes[:1], candidates[:1]
+            for probe, own in zip(probes, tokens, strict=False):
+                probe.ids = own[:length]
+            expected = afresh.score(probes, candidates)
+            off = (cached.score(probes, candidates) - expected).abs().max().item()
+            if not off <= TOLERANCES[reward_model.model.dtype] * (1 + expected.abs().max().item()):
+                return f"its rewards are {off:.3g} off after {length} tokens"
+    except MODEL_ERRORS as error:
+        return str(error) or type(error).__name__
+    finally:
+        reward_model.calls, reward_model.tokens_read = asked
+    return None
+
+
+class RereadingGuide:
+    """Scores candidates by reading prompt and continued response afresh."""
+
+    def __init__(
+        self,
+        reward_model: RewardModel,
+        policy_tokenizer: PreTrainedTokenizerFast,
+        eos_ids: set[int],
+        template: str,
+        reserved: int,
+    ):
+        self.reward_model = reward_model
+        self.policy_tokenizer = policy_tokenizer
+        self.eos_ids = eos_ids
+        self.template = template
+        self.reserved = reserved
+        self.keep_ids = reward_model.shares_ids_with(policy_tokenizer)
+
+    def begin(self, responses: list[Response]) -> None:
+        """Encode the prompts, once."""
+        prompts = list({response.prompt for response in responses})
+        encoded = encode_prompts(self.reward_model.tokenizer, prompts, self.template)
+        self.prompt_ids = dict(zip(prompts, encoded, strict=True))
+
+    def keep(self, kept: list[int]) -> None:
+        """Nothing is held for a response between two steps."""
+
+    def score(self, responses: list[Response], candidates: torch.Tensor) -> torch.Tensor:
+        """Rewards [batch, k] of each prefix continued by each candidate; an EOS finishes the response."""
+        prompts, prefixes, finished = [], [], []
+        for response, tokens in zip(responses, candidates.tolist(), strict=True):
+            for token in tokens:
+                ends = token in self.eos_ids
+                prompts.append(response.prompt)
+                prefixes.append(response.ids if ends else [*response.ids, token])
+                finished.append(ends)
+
+        continuations = [
+            Continuation(text, ends, ids if self.keep_ids else None)
+            for text, ends, ids in zip(
+                decode_texts(self.policy_tokenizer, prefixes), finished, prefixes, strict=True
+            )
+        ]
+        prompt_ids = [self.prompt_ids[prompt] for prompt in prompts]
+        continued = encode_continuations(self.reward_model, prompts, continuations)
+        return score_pairs(self.reward_model, prompt_ids, continued, self.reserved).view(candidates.shape)
+
+
+class CachedGuide:
+    """Scores candidates with the reward model's own cache: k + 1 tokens a step, each candidate by itself."""
+
+    def __init__(self, reward_model: RewardModel, eos_ids: set[int], template: str, reserved: int):
+        self.reward_model = reward_model
+        self.template = template
+        self.reserved = reserved
+        self.eos_ids = torch.tensor(sorted(eos_ids), device=reward_model.model.device)
+
+    @torch.inference_mode()
+    def begin(self, responses: list[Response]) -> None:
+        """Read the prompts, left-padded, into the cache."""
+        model, prompts = self.reward_model, [response.prompt for response in responses]
+        encoded = encode_prompts(model.tokenizer, prompts, self.template)
+        fitted = [model.frame.ids(*fit_pair(model, ids, [], self.reserved)) for ids in encoded]
+        model.tokens_read += sum(map(len, fitted))
+
+        input_ids, self.mask = left_pad(fitted, model.model.device)  # both [batch, longest]
+        self.past_key_values = DynamicCache(config=model.model.config)
+        base_model(model)(
+            input_ids,
+            attention_mask=self.mask,
+            position_ids=positions(self.mask),
+            past_key_values=self.past_key_values,
+            use_cache=True,
+        )
+        self.num_read = 0  # response tokens in the cache
+
+    def keep(self, kept: list[int]) -> None:
+        """Go on with these rows of the batch."""
+        index = torch.tensor(kept, device=self.mask.device)
+        self.mask = self.mask[index]
+        self.past_key_values.batch_select_indices(index)
+
+    @torch.inference_mode()
+    def score(self, responses: list[Response], candidates: torch.Tensor) -> torch.Tensor:
+        """Rewards [batch, k]; reads the prefix's new token, then every candidate beside the others."""
+        device, k = self.mask.device, candidates.shape[1]
+        ends = torch.isin(candidates, self.eos_ids)
+        tokens = candidates.masked_fill(ends, eos_id(self.reward_model.tokenizer))
+
+        new = [response.ids[self.num_read :] for response in responses]  # none at the first step, then one
+        tokens = torch.cat([torch.tensor(new, dtype=torch.long, device=device), tokens], dim=1)
+        num_new = tokens.shape[1] - k
+        self.reward_model.calls += candidates.numel()
+        self.reward_model.tokens_read += tokens.numel()
+
+        seen = self.mask.sum(1, keepdim=True)  # [batch, 1]
+        offsets = torch.arange(tokens.shape[1], device=device).clamp(max=num_new)
+        hidden = base_model(self.reward_model)(
+            tokens,
+            attention_mask=self.candidate_mask(num_new, k),
+            position_ids=seen + offsets,
+            past_key_values=self.past_key_values,
+            use_cache=True,
+        ).last_hidden_state  # [batch, new + k, hidden]
+
+        self.past_key_values.crop(-k)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(responses), num_new)], dim=1)
+        self.num_read += num_new
+        return score_head(self.reward_model)(hidden[:, num_new:]).squeeze(-1).float()
+
+    def candidate_mask(self, num_new: int, k: int) -> torch.Tensor:
+        """Additive mask [batch, 1, new + k, past + new + k]: a candidate sees the prefix and itself alone.
+
+        Additive, because eager attention adds whatever it is given, booleans included.
+        """
+        batch, past = self.mask.shape
+        own = torch.zeros(num_new + k, num_new + k, dtype=torch.bool, device=self.mask.device)
+        own[:, :num_new] = True
+        own[:num_new] = torch.tril(own[:num_new])
+        own[num_new:, num_new:] = torch.eye(k, dtype=torch.bool, device=self.mask.device)
+
+        seen = self.mask.bool()[:, None, :].expand(batch, num_new + k, past)
+        allowed = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)[:, None]
+        dtype = self.reward_model.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=self.mask.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+
+def left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, both [batch, longest], padded on the left (with id 0, masked out)."""
+    ids = [torch.tensor(sequence) for sequence in sequences]
+    masks = [torch.ones_like(sequence) for sequence in ids]
+    input_ids, attention_mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left").to(device) for rows in (ids, masks)
+    )
+    return input_ids, attention_mask
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token among those that are not padding, [batch, length]."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
