@@ -15,20 +15,28 @@ from typing import Any
 
 from datasets import Dataset
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from transformers import PreTrainedTokenizerFast
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from pargs.cli import fail, setting
 from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
 from pargs.files import MAKE_PAIRS, check_writable, read_dataset
-from pargs.models import check_eos, is_causal, load_config, load_tokenizer, warn_of_pickle
+from pargs.models import (
+    check_eos,
+    is_causal,
+    load_config,
+    load_tokenizer,
+    warn_of_pickle,
+    warn_of_unused_separator,
+)
 from pargs.training import (
     WholeCheckpoints,
     checkpoint_to_resume,
     model_kwargs,
     parse_settings,
     save_trained,
+    settle_checkpointing,
     settle_logging,
     settle_precision,
     starting,
@@ -74,12 +82,13 @@ class WholeResponseDPOTrainer(WholeCheckpoints, DPOTrainer):
         return dataset
 
 
-def check_policy(name: str, revision: str) -> None:
-    """Exit where `name` is no decoder-only language model."""
+def load_policy_config(name: str, revision: str) -> PreTrainedConfig:
+    """The configuration of a decoder-only language model; exits where `name` is none."""
     config = load_config(name, "name a model with --model_name_or_path", revision)
     kinds = config.architectures or []
     if not is_causal(config) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] not in kinds:
         fail(f"{name!r} is a {' '.join(kinds) or '?'}; a policy is a causal language model")
+    return config
 
 
 def encode_preferences(
@@ -109,12 +118,15 @@ def encode_preferences(
 
 def make_trainer(settings: Settings) -> DPOTrainer:
     name = settings.model_name_or_path
-    check_policy(name, settings.model_revision)
+    config = load_policy_config(name, settings.model_revision)
+    settle_checkpointing(settings, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
     splits = ["train"] + ["validation"] * (settings.eval_strategy != "no")
     columns = dict.fromkeys(splits, ["prompt", "chosen", "rejected"])
     dataset, notes = read_dataset(settings.dataset, columns, MAKE_PAIRS)
     tokenizer = load_tokenizer(name, revision=settings.model_revision)
     check_eos(name, tokenizer)
+    template = notes.get("template", "{post}")
+    warn_of_unused_separator(name, tokenizer, template)
 
     encoded = {
         split: dataset[split].map(
@@ -122,7 +134,7 @@ def make_trainer(settings: Settings) -> DPOTrainer:
             batched=True,
             fn_kwargs={
                 "tokenizer": tokenizer,
-                "template": notes.get("template", "{post}"),
+                "template": template,
                 "max_length": settings.max_length or sys.maxsize,
                 "max_prompt_length": settings.max_prompt_length,
             },

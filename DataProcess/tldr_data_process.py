@@ -166,7 +166,7 @@ def format_prompt(values: dict[str, str | None], template: str) -> tuple[str, st
     texts = {name: (value or "").strip() for name, value in values.items()}
     missing = [name for name, text in texts.items() if not text]
     if missing:
-        return "", f"no {missing[0]}"
+        return "", f"no {missing[-1]}"
 
     words = template_words(template)
     prompt = words[0] + "".join(chain.from_iterable(zip(texts.values(), words[1:], strict=True)))

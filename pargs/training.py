@@ -92,6 +92,15 @@ def settle_precision(settings: Any) -> None:
     settings.dataloader_pin_memory = settings.dataloader_pin_memory and has_gpu
 
 
+def settle_checkpointing(settings: Any, model_class: Any) -> None:
+    """Switch gradient checkpointing off where the model's class has none. Changes `settings` in place."""
+    if settings.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
+        warn(f"--gradient_checkpointing is switched off: {model_class.__name__} has none")
+        settings.gradient_checkpointing = settings.activation_checkpointing = (
+            False  # two names of one setting
+        )
+
+
 def settle_logging(settings: Any) -> None:
     """No progress bar in a log, and wandb writes to a local folder instead of asking for an account."""
     settings.disable_tqdm = settings.disable_tqdm or not sys.stderr.isatty()

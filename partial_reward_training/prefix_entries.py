@@ -19,18 +19,20 @@ def expand_entries(
 ) -> dict[str, list[list[int] | int]]:
     """Turn rows (`pair`, `length`) into the inputs of both sides: ids, segment ids and mask."""
     kinds = ("input_ids", "token_type_ids", "attention_mask")
-    expanded = {name: [] for name in [*(f"{side}_{kind}" for side in SIDES for kind in kinds), "quarter"]}
+    names = [*(f"{side}_{kind}" for side in SIDES for kind in kinds), "quarter", "same"]
+    expanded = {name: [] for name in names}
     rows = {pair: pairs[pair] for pair in set(batch["pair"])}
 
     for pair, length in zip(batch["pair"], batch["length"], strict=True):
         row = rows[pair]
-        for side in SIDES:
-            prefix = read_response(row, side).prefix(length)
+        prefixes = [read_response(row, side).prefix(length) for side in SIDES]
+        for side, prefix in zip(SIDES, prefixes, strict=True):
             ids = frame.ids(row["prompt_ids"], prefix)
             expanded[f"{side}_input_ids"].append(ids)
             expanded[f"{side}_token_type_ids"].append(frame.segments(row["prompt_ids"], prefix))
             expanded[f"{side}_attention_mask"].append([1] * len(ids))
         expanded["quarter"].append(quarter_of(length, longest_response(row)))
+        expanded["same"].append(prefixes[0] == prefixes[1])
     return expanded
 
 
@@ -72,7 +74,10 @@ def sample_by_quarter(
 
 @dataclass
 class EntryCollator:
-    """Pad a batch of expanded entries: first all chosen inputs, then all rejected ones."""
+    """Pad a batch of expanded entries: first all chosen inputs, then all rejected ones.
+
+    `quarters` and `same` (both sides have the same prefix) are [batch, 1]: one entry in a row.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     segment_ids: bool
@@ -84,7 +89,8 @@ class EntryCollator:
         }
 
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
-        batch["quarters"] = torch.tensor([example["quarter"] for example in examples])
+        batch["quarters"] = torch.tensor([[example["quarter"]] for example in examples])
+        batch["same"] = torch.tensor([[example["same"]] for example in examples])
         return batch
 
 
@@ -93,14 +99,14 @@ class PairCollator:
     """Pad a batch of whole comparisons for a causal model, which scores every prefix in one pass.
 
     `read_out` [2 * batch, longest] is where the reward of each prefix length stands in the sequence,
-    -1 where there is no such entry; `quarters` [entries] belongs to the entries in row order.
+    -1 where there is no such entry; `quarters` [batch, longest] has -1 there, too, and `same` goes with it.
     """
 
     pad_token_id: int
     start: list[int]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences, read_out, quarters = [], [], []
+        sequences, read_out, quarters, same = [], [], [], []
         for side in SIDES:
             for example in examples:
                 prompt, response = self.start + example["prompt_ids"], example[f"{side}_ids"]
@@ -111,12 +117,15 @@ class PairCollator:
                 read_out.append(len(prompt) - 1 + lengths.clamp(max=len(response)))
 
         for example in examples:
-            quarters.append(quarter_of(torch.tensor(example["lengths"]), longest_response(example)))
+            lengths, (chosen, rejected) = example["lengths"], (example[f"{side}_ids"] for side in SIDES)
+            quarters.append(quarter_of(torch.tensor(lengths), longest_response(example)))
+            same.append(torch.tensor([chosen[:length] == rejected[:length] for length in lengths]))
 
         masks = [torch.ones_like(ids) for ids in sequences]
         return {
             "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence(masks, batch_first=True),
             "read_out": pad_sequence(read_out, batch_first=True, padding_value=-1),
-            "quarters": torch.cat(quarters),
+            "quarters": pad_sequence(quarters, batch_first=True, padding_value=-1),
+            "same": pad_sequence(same, batch_first=True),
         }

@@ -21,7 +21,11 @@ from datasets import Dataset
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, sample_by_quarter
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
@@ -41,6 +45,7 @@ from pargs.training import (
     model_kwargs,
     parse_settings,
     save_trained,
+    settle_checkpointing,
     settle_logging,
     settle_precision,
     starting,
@@ -92,64 +97,98 @@ class PrefixRewardTrainer(WholeCheckpoints, RewardTrainer):
     """TRL's reward trainer on entries that are model inputs already, with accuracy by quarter."""
 
     args: Settings
+    model: torch.nn.Module
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
         return dataset  # TRL would tokenise the text and append an EOS to every unfinished prefix
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        quarters = inputs.pop("quarters")
+        quarters, same = inputs.pop("quarters"), inputs.pop("same")  # [entries, 1]
         loss, outputs = cast(
             tuple[torch.Tensor, Any], super().compute_loss(model, inputs, return_outputs=True)
         )
-
-        if not model.training:
-            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            self._count_by_quarter((chosen > rejected).float(), quarters)
+        for name in ("accuracy", "margin", "mean_reward"):
+            self.next_log()[name].pop()  # TRL's average over the batch
+        chosen, rejected = outputs.logits.chunk(2)  # [entries, 1]
+        self.log_entries(chosen, rejected, quarters, same)
         return (loss, outputs) if return_outputs else loss
 
-    def _count_by_quarter(self, correct: torch.Tensor, quarters: torch.Tensor) -> None:
-        """Log the ranking of each entry: `correct` and `quarters` are [entries]."""
-        counts = torch.zeros(4, 2, device=correct.device)
-        counts[:, 0].index_add_(0, quarters, correct)
-        counts[:, 1].index_add_(0, quarters, torch.ones_like(correct))
-        counts = self.accelerator.reduce(counts).long().tolist()
-
-        # The trainer averages a list, so one number an entry gives the accuracy over entries.
-        self._metrics["eval"]["accuracy"].pop()
-        for quarter, (right, total) in enumerate(counts, start=1):
-            ranked = [1.0] * right + [0.0] * (total - right)
-            self._metrics["eval"]["accuracy"] += ranked
-            if ranked:
-                self._metrics["eval"][f"accuracy_quarter_{quarter}"] += ranked
-
-
-class AllPrefixRewardTrainer(PrefixRewardTrainer):
-    """The same loss for a causal model: one pass over comparisons, averaged over their entries."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        read_out = inputs.pop("read_out")  # [2 * batch, longest], -1 where there is no entry
-        quarters = inputs.pop("quarters")  # [entries]
-        with token_rewards(self.accelerator.unwrap_model(model)) as at_tokens:
-            model(**inputs, use_cache=False)
-        by_length = at_tokens[0].squeeze(-1).gather(1, read_out.clamp(min=0))  # [2 * batch, longest]
-        rewards = by_length[read_out >= 0]  # [2 * entries]
-        chosen, rejected = rewards.chunk(2)
+    def entry_losses(self, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         losses = -torch.nn.functional.logsigmoid(chosen - rejected)
         if self.args.center_rewards_coefficient is not None:
             losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        return losses
 
-        # Processes have different numbers of entries, and what they return is averaged over processes.
-        correct, margins = (chosen > rejected).float(), (chosen - rejected).detach()
-        sums = torch.stack([torch.ones_like(margins).sum(), correct.sum(), margins.sum()])
-        entries, right, margin = self.accelerator.reduce(sums)
-        loss = losses.sum() * self.accelerator.num_processes / entries
+    def next_log(self) -> dict[str, list[float]]:
+        """What TRL logs next: the average of each list."""
+        return self._metrics["train" if self.model.training else "eval"]
 
-        metrics = self._metrics["train" if model.training else "eval"]
-        metrics["accuracy"].append((right / entries).item())
-        metrics["margin"].append((margin / entries).item())
-        if not model.training:
-            self._count_by_quarter(correct, quarters)
-        return (loss, SequenceClassifierOutput(logits=rewards.unsqueeze(-1))) if return_outputs else loss
+    def log_entries(
+        self, chosen: torch.Tensor, rejected: torch.Tensor, quarters: torch.Tensor, same: torch.Tensor
+    ) -> None:
+        """Log the rewards of a batch, with one number an entry, so that averages are over entries.
+
+        All are [rows, entries of a row]; a quarter of -1 is no entry. Where both sides have the `same` prefix
+        there is nothing to rank: such entries count in the loss, and in no accuracy.
+        """
+        entries = torch.stack([chosen.detach().float(), rejected.detach().float(), quarters, same], dim=-1)
+        entries = self.accelerator.pad_across_processes(entries, dim=1, pad_index=-1)
+        # Several processes repeat held-out rows to fill their last batch: those do not count again.
+        gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
+        entries = cast(torch.Tensor, gather(entries)).flatten(0, 1)  # [all entries, 4]
+        chosen, rejected, quarters, same = entries[entries[:, 2] >= 0].unbind(dim=1)
+
+        correct, ranked = (chosen > rejected).float(), same == 0
+        averages = {
+            "accuracy": correct[ranked],
+            "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2,
+        }
+        metrics = self.next_log()
+        if not self.model.training:
+            averages["loss"] = self.entry_losses(chosen, rejected)
+            for quarter in range(4):
+                averages[f"accuracy_quarter_{quarter + 1}"] = correct[ranked & (quarters == quarter)]
+            for name, count in {"ranked": ranked.sum(), "same_prefix": (~ranked).sum()}.items():
+                metrics[name] = [sum(metrics[name]) + count.item()]
+
+        for name, numbers in averages.items():
+            metrics[name] += numbers.tolist()
+            if not metrics[name]:
+                del metrics[name]  # TRL would divide by no entries
+
+
+class AllPrefixRewardTrainer(PrefixRewardTrainer):
+    """The same loss for a causal model: one pass over comparisons, averaged over the entries of an update."""
+
+    loss_is_scaled_for_ga = True  # or the trainer would divide by the number of micro-batches once more
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an update, and how many entries they hold."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.count_entries(batches)
+
+    def count_entries(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """How many entries all processes have in these batches."""
+        entries = sum(int((batch["quarters"] >= 0).sum()) for batch in batches)
+        return cast(torch.Tensor, self.accelerator.reduce(torch.tensor(entries, device=self.args.device)))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        num_entries = self.count_entries([inputs]) if num_items_in_batch is None else num_items_in_batch
+        read_out = inputs.pop("read_out")  # [2 * batch, longest], -1 where there is no entry
+        quarters, same = inputs.pop("quarters"), inputs.pop("same")  # [batch, longest]
+        with token_rewards(self.accelerator.unwrap_model(model)) as at_tokens:
+            model(**inputs, use_cache=False)
+        # In fp32, also where the model is in bf16: the loss would be rounded to three digits.
+        rewards = at_tokens[0].float().squeeze(-1).gather(1, read_out.clamp(min=0))  # [2 * batch, longest]
+        chosen, rejected = rewards.chunk(2)  # [batch, longest]
+        self.log_entries(chosen, rejected, quarters, same)
+
+        # What processes return is averaged over them, whatever their numbers of entries.
+        losses = self.entry_losses(chosen, rejected)[quarters >= 0]  # [entries]
+        loss = losses.sum() * self.accelerator.num_processes / num_entries
+        outputs = SequenceClassifierOutput(logits=rewards[read_out >= 0].unsqueeze(-1))  # [2 * entries, 1]
+        return (loss, outputs) if return_outputs else loss
 
 
 @contextmanager
@@ -229,6 +268,7 @@ def make_trainer(settings: Settings) -> RewardTrainer:
     config = load_config(name, "name a model with --model_name_or_path", settings.model_revision)
     if any("SequenceClassification" in kind for kind in config.architectures or []):
         check_one_label(name, config)
+    settle_checkpointing(settings, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None))
 
     train_data, held_out, notes = load_entries(settings)
     if settings.max_length != notes["max_length"]:
@@ -276,7 +316,7 @@ def merge_adapter(folder: Path, settings: Settings) -> None:
 def report(trainer: RewardTrainer, settings: Settings) -> None:
     """Print how the model ranks held-out prefixes, before and after training, by quarter."""
     print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
-    evaluations = [log for log in trainer.state.log_history if "eval_accuracy" in log]
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations and settings.eval_strategy != "no":
         before, after = evaluations[0], evaluations[-1]
         rows = ["accuracy", *(f"accuracy_quarter_{quarter}" for quarter in range(1, 5)), "loss"]
@@ -284,6 +324,9 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
         for row in rows:
             values = (f"{log.get(f'eval_{row}', float('nan')):11.3f}" for log in (before, after))
             print(f"  {row.replace('_', ' '):<21}", *values)
+        if after["eval_same_prefix"]:
+            counts = (int(after[f"eval_{name}"]) for name in ("ranked", "same_prefix"))
+            print("  accuracy is that of {} pairs; in {} more both prefixes are the same".format(*counts))
     print("next: python DPO_training/GPT2_large_DPO_tldr.py")
 
 

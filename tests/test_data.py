@@ -18,6 +18,7 @@ from pargs.prefixes import PairFrame, make_frame, prefix_texts
 from pargs.scoring import Continuation, encode_continuations
 
 TEMPLATE = "POST: {post}\nTL;DR:"
+FULL_TEMPLATE = "SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
 SHORT_PAIR = {"prompt": "POST: keys\nTL;DR:", "chosen": " my sister", "rejected": " am i wrong ?"}
 
 
@@ -81,6 +82,32 @@ def test_rows_are_formatted_dropped_and_counted(here, monkeypatch, capsys):
     assert "2 no post" in capsys.readouterr().out
 
 
+def test_subreddit_and_title_of_both_sources_fill_a_template(here, monkeypatch, capsys):
+    """Braces in a text stay as they are; a row that lacks a field or can be read in two ways is dropped."""
+    posts = [
+        {"subreddit": "keys", "title": "My {post}?", "post": "I {title} them.\nPOST: edited"},
+        {"subreddit": "keys", "title": None, "post": "no title"},
+        {"subreddit": " ", "title": "t", "post": "a blank subreddit"},
+        {"subreddit": "keys", "title": "t\nPOST: early", "post": "late"},
+        {"subreddit": "keys", "title": "t", "post": ""},
+    ]
+    prompt = "SUBREDDIT: r/keys\nTITLE: My {post}?\nPOST: I {title} them.\nPOST: edited\nTL;DR:"
+    rows = [comparison(post["post"], "good", "bad", 0) for post in posts]
+    for row, post in zip(rows, posts, strict=True):
+        row["info"] |= post
+    test = [{"prompt": text, "label": "x"} for text in (f"{prompt} ", "TITLE: t\nPOST: a\nTL;DR:")]
+    write_hub_data(here, rows, rows, test)
+    run_main(tldr_data_process, monkeypatch, "--template", FULL_TEMPLATE.replace("\n", "\\n"))
+
+    data = load_from_disk("summarize_from_feedback")
+    assert {split: data[split]["prompt"][:] for split in data} == dict.fromkeys(data, [prompt])
+    notes = json.loads(Path("summarize_from_feedback/processing.json").read_text())
+    dropped = {"no title": 1, "no subreddit": 1, "ambiguous prompt": 1, "no post": 1}
+    assert notes["template"] == FULL_TEMPLATE and notes["dropped"]["train"] == dropped
+    assert notes["dropped"]["test"] == {"no subreddit": 1}
+    assert "1 ambiguous prompt" in capsys.readouterr().out
+
+
 def test_parquet_copy_is_read_where_there_is_only_a_script(here, monkeypatch):
     """The layout of the hub's refs/convert/parquet revision: a folder for each configuration."""
     for split, rows in (("train", hub_rows(4, 1)), ("validation", hub_rows(3, 2))):
@@ -115,7 +142,14 @@ def test_missing_column_bad_test_post_source_and_template_are_named(here, call_m
             ["--comparisons", "CarperAI/openai_summarize_tldr"],
             "no parquet copy of configuration 'comparisons'",
         ),
-        (["--template", "no post"], "--template must hold {post}"),
+        (["--template", "no post"], "--template must hold {post} exactly once"),
+        (["--template", "{post} {post}"], "--template must hold {post} exactly once"),
+        (["--template", "{title} {title} {post}"], "--template must hold {title} at most once"),
+        (["--template", "{title}{post}"], "--template must hold something between two fields"),
+        (
+            ["--template", "{author}: {post}"],
+            "--template holds the unknown field {author}; there are {subreddit} {title} {post}",
+        ),
     ):
         assert said in refuse(call_main, tldr_data_process, *arguments)
     with pytest.raises(tldr_data_process.UnusableRow, match="row 7 of the test posts"):
@@ -124,7 +158,7 @@ def test_missing_column_bad_test_post_source_and_template_are_named(here, call_m
 
 def test_a_mistake_of_ours_ends_in_its_traceback(here, monkeypatch):
     write_hub_data(here, hub_rows(3, 1), hub_rows(2, 1), hub_test_rows(3, 2))
-    monkeypatch.setattr(tldr_data_process, "format_prompt", lambda post, template: template.index("nowhere"))
+    monkeypatch.setattr(tldr_data_process, "format_prompt", lambda values, template: "".index("nowhere"))
     with pytest.raises(ValueError, match="substring not found"):
         run_main(tldr_data_process, monkeypatch)
     assert sorted(path.name for path in here.iterdir()) == ["CarperAI", "openai"]
@@ -155,6 +189,23 @@ def test_special_tokens_of_the_template_are_live(tokenizers):
     assert decode_texts(tokenizer, [ids]) == ["POST: a <sep> b\nTL;DR:"]
     (plain,) = encode_prompts(tokenizer, ["POST: a b<sep>\nTL;DR:"], "POST: {post}<sep>\nTL;DR:")
     assert plain == tokenizer("POST: a b<sep>\nTL;DR:")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_special_tokens_of_a_template_with_several_fields_are_live(tokenizers, kind):
+    """Those in its own words alone, before, between and behind the fields; a title's own stay text."""
+    tokenizer = tokenizers[kind]
+    sep = tokenizer.sep_token
+    template = f"{sep}TO r/{{subreddit}}{sep}TITLE: {{title}} {sep}POST: {{post}}{sep}\nTL;DR:"
+    values = {"subreddit": "keys", "title": f"who {sep} is {sep}", "post": f"my sister {sep}POST: a {sep} b"}
+    texts = [f"TO r/{values['subreddit']}", f"TITLE: {values['title']} ", f"POST: {values['post']}"]
+    (ids,) = encode_prompts(tokenizer, [template.format(**values)], template)
+
+    expected = []
+    for text in encode_texts(tokenizer, texts):
+        expected += [tokenizer.sep_token_id, *text]
+    assert ids == expected + [tokenizer.sep_token_id, *encode_texts(tokenizer, ["\nTL;DR:"])[0]]
+    assert ids.count(tokenizer.sep_token_id) == 4
 
 
 # tldr_data_process_partial.py

@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompts import read_own_prompts
 from small_disk import small_disk  # noqa: F401
-from test_data import TEMPLATE, refuse, run_main, write_pairs
+from test_data import FULL_TEMPLATE, TEMPLATE, refuse, run_main, write_pairs
 from tldr_data_process import preference_from_comparison, prompt_from_test_post
 
 from pargs.cli import fail
+from pargs.encoding import TEMPLATE_FIELDS, template_words
 from pargs.files import read_dataset
 
 PAIRS_SCRIPT = "DataProcess/tldr_data_process.py"
@@ -362,45 +363,61 @@ def either(*kinds: st.SearchStrategy) -> st.SearchStrategy:
 
 def comparison_rows(text: st.SearchStrategy) -> st.SearchStrategy:
     summaries = st.lists(st.fixed_dictionaries({"text": text}), min_size=2, max_size=2)
-    info = st.fixed_dictionaries({"post": text})
+    info = st.fixed_dictionaries(dict.fromkeys(TEMPLATE_FIELDS, text))
     return st.fixed_dictionaries({"info": info, "summaries": summaries, "choice": st.integers(0, 1)})
 
 
-test_prompts = st.builds("TITLE: x\nPOST:{}\nTL;DR:{}".format, plain, st.sampled_from(["", " ", "x"]))
+headers = st.sampled_from(["TITLE: x\n", "SUBREDDIT: r/x\nTITLE: TITLE: x\n", "SUBREDDIT: x\n", ""])
+test_prompts = st.builds("{}POST:{}\nTL;DR:{}".format, headers, plain, st.sampled_from(["", " ", "x"]))
 test_posts = st.fixed_dictionaries({"prompt": test_prompts, "label": plain})
 broken_test_posts = record(prompt=likely(texts), label=likely(texts | st.none()))
 broken_comparisons = record(
-    info=record(post=texts), summaries=likely(st.lists(record(text=texts))), choice=values
+    info=record(**dict.fromkeys(TEMPLATE_FIELDS, texts)),
+    summaries=likely(st.lists(record(text=texts))),
+    choice=values,
 )
 
 
+templates = st.sampled_from([TEMPLATE, FULL_TEMPLATE, "{title}a{post} "])
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """The template with its values, or "" where they cannot be found again in it."""
+    values = {name: text.strip() for name, text in values.items() if f"{{{name}}}" in template}
+    words = template_words(template)
+    ambiguous = any(word in text for word, text in zip(words[1:-1], values.values(), strict=False))
+    return "" if ambiguous else template.format(**values)
+
+
 @fuzz
-@given(either(comparison_rows(plain), comparison_rows(texts), broken_comparisons))
-def test_any_comparison_is_a_pair_or_a_value_error(row):
+@given(either(comparison_rows(plain), comparison_rows(texts), broken_comparisons), templates)
+def test_any_comparison_is_a_pair_or_a_value_error(row, template):
     try:
-        pair = preference_from_comparison(row, 3, "train", TEMPLATE)
+        pair = preference_from_comparison(row, 3, "train", template)
     except ValueError as error:
         assert str(error).startswith("row 3 of split 'train'")
         return
     assert sorted(pair) == ["chosen", "dropped", "prompt", "rejected"]
     "".join(pair.values()).encode()  # can be written
 
-    post, answers = row["info"]["post"], [summary["text"] for summary in row["summaries"]]
+    values = {name: row["info"][name] for name in TEMPLATE_FIELDS if f"{{{name}}}" in template}
+    answers = [summary["text"] for summary in row["summaries"]]
+    blank = not all((text or "").strip() for text in (*values.values(), *answers))
     if pair["dropped"]:
-        blank = [not (text or "").strip() for text in (post, *answers)]
-        assert any(blank) or answers[0].strip() == answers[1].strip()
+        assert blank or answers[0].strip() == answers[1].strip() or not fill(template, values)
         assert pair["prompt"] == pair["chosen"] == pair["rejected"] == ""
     else:
-        assert pair["prompt"] == "POST: " + post.strip() + "\nTL;DR:"
-        assert pair["chosen"] == " " + answers[row["choice"]].strip()
-        assert pair["rejected"] == " " + answers[1 - row["choice"]].strip()
+        space = "" if template[-1] == " " else " "
+        assert not blank and pair["prompt"] == fill(template, values)
+        assert pair["chosen"] == space + answers[row["choice"]].strip()
+        assert pair["rejected"] == space + answers[1 - row["choice"]].strip()
 
 
 @fuzz
-@given(either(test_posts, broken_test_posts))
-def test_any_test_post_is_a_prompt_or_a_value_error(row):
+@given(either(test_posts, broken_test_posts), st.sampled_from([TEMPLATE, FULL_TEMPLATE]))
+def test_any_test_post_is_a_prompt_or_a_value_error(row, template):
     try:
-        read = prompt_from_test_post(row, 3, TEMPLATE)
+        read = prompt_from_test_post(row, 3, template)
     except ValueError as error:
         assert str(error).startswith("row 3 of the test posts")
         return
@@ -410,8 +427,10 @@ def test_any_test_post_is_a_prompt_or_a_value_error(row):
         assert read["prompt"] == read["reference"] == ""
     else:
         assert read["reference"] == " " + row["label"].strip()
-        _, _, post = f"\n{row['prompt']}".rstrip().removesuffix("\nTL;DR:").partition("\nPOST:")
-        assert read["prompt"] == f"POST: {post.strip()}\nTL;DR:"
+        header, _, post = f"\n{row['prompt']}".rstrip().removesuffix("\nTL;DR:").partition("\nPOST:")
+        values = {"subreddit": "x", "title": "TITLE: x", "post": post}  # the one header with both
+        assert template == TEMPLATE or header == "\nSUBREDDIT: r/x\nTITLE: TITLE: x"
+        assert read["prompt"] == fill(template, values)
 
 
 @pytest.mark.parametrize(

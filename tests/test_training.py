@@ -1,5 +1,6 @@
 """Stages 2 and 3: the Bradley-Terry loss, one pass over all prefixes, evaluation by quarter, DPO's inputs."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -9,13 +10,24 @@ import pytest
 import tldr_data_process_partial
 import tldr_partial_reward_model
 import torch
-from conftest import assert_one_error, make_posts
+from conftest import assert_one_error, make_posts, save
 from datasets import load_from_disk
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, quarter_of, sample_by_quarter
 from test_data import TEMPLATE, refuse, run_main, write_pairs
 from tldr_partial_reward_model import Settings, make_trainer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    TrainerCallback,
+)
 
 from pargs import training
 from pargs.files import read_notes
@@ -115,6 +127,63 @@ def test_one_pass_over_all_prefixes_is_the_average_over_entries(here, monkeypatc
         )
 
 
+@pytest.mark.parametrize("reward_name", ["gpt2-reward", "llama-reward"])
+def test_causal_loss_of_a_bf16_model_is_computed_in_fp32(here, monkeypatch, small_models, reward_name):
+    """As under a GPU's default precision; more entries than bf16 can count."""
+    make_prefix_data(monkeypatch, small_models[reward_name], count=30)
+    trainer = trainer_for(small_models[reward_name])
+    batch = trainer.data_collator([trainer.train_dataset[at] for at in range(30)])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+
+    chosen, rejected = outputs.logits.double().squeeze(-1).chunk(2)
+    assert torch.equal(chosen, chosen.bfloat16()) and len(chosen) > 300  # the head was in bf16
+    margins = chosen - rejected
+    torch.testing.assert_close(
+        loss.double(), -torch.nn.functional.logsigmoid(margins).mean(), atol=1e-6, rtol=0
+    )
+    logged = trainer._metrics["train"]
+    assert sum(logged["margin"]) / len(logged["margin"]) == pytest.approx(margins.mean().item(), abs=1e-6)
+    assert len(logged["margin"]) == len(margins)
+
+
+def gradients_of_an_update(model: str, rows: list[int], batch: int) -> dict[str, torch.Tensor]:
+    """Gradients of the first update, in micro-batches of `batch` comparisons; and the loss that is logged."""
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": len(rows) // batch}
+    settings |= {"max_grad_norm": 0, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    quiet = {"report_to": "none", "gradient_checkpointing": False, "logging_steps": 1}
+    trainer = make_trainer(Settings(model_name_or_path=model, **quiet, **settings))
+    trainer.train_dataset = trainer.train_dataset.select(rows)
+    found = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **others):
+            found.update({name: weight.grad.clone() for name, weight in model.named_parameters()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    return {**found, **{name: torch.tensor(log[name]) for name in ("loss", "accuracy", "margin")}}
+
+
+def test_causal_update_is_the_average_over_the_entries_of_its_micro_batches(here, monkeypatch, small_models):
+    """A comparison of 16 entries and one of 51: as one batch, and as two that are accumulated."""
+    rows = [
+        {"prompt": "POST: a\nTL;DR:", "chosen": f" {'x' * (count - 2)}", "rejected": " no"}
+        for count in (16, 51)
+    ]
+    write_pairs(rows)
+    flags = ("--reward_model", small_models["gpt2-reward"], "--num_comparisons", "0")
+    run_main(tldr_data_process_partial, monkeypatch, *flags)
+    counts = [len(lengths) for lengths in load_from_disk(f"{PREFIXES}/pairs")["train"]["lengths"]]
+    assert counts == [16, 51]
+
+    whole = gradients_of_an_update(small_models["gpt2-reward"], [0, 1], batch=2)
+    parts = gradients_of_an_update(small_models["gpt2-reward"], [0, 1], batch=1)
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
 def test_batches_are_padded_on_the_right_with_masks(here, monkeypatch, small_models):
     make_prefix_data(monkeypatch, small_models["bert"])
     trainer = trainer_for(small_models["bert"])
@@ -145,7 +214,8 @@ def test_read_out_positions_of_whole_comparisons():
         [9, 5, 7, 0, 0, 0],
     ]
     assert batch["read_out"].tolist() == [[3, 4, 4], [2, -1, -1], [3, 4, 5], [2, -1, -1]]
-    assert batch["quarters"].tolist() == [0, 1, 2, 3]
+    assert batch["quarters"].tolist() == [[0, 1, 2], [3, -1, -1]]
+    assert batch["same"].tolist() == [[True, True, False], [False, False, False]]
 
 
 # Evaluation by quarter
@@ -170,28 +240,37 @@ def test_evaluation_entries_are_stratified(here, monkeypatch, small_models):
 
 @pytest.mark.parametrize("reward_name", ["bert", "gpt2-reward"])
 def test_reported_accuracy_is_that_of_the_entries(here, monkeypatch, small_models, reward_name):
+    """Each entry by itself; those in which both sides are the same input count in the loss alone."""
     make_prefix_data(monkeypatch, small_models[reward_name])
-    trainer = trainer_for(small_models[reward_name], eval_entries=24, per_device_eval_batch_size=5)
+    trainer = trainer_for(small_models[reward_name], eval_entries=48, per_device_eval_batch_size=5)
     metrics = trainer.evaluate()
 
-    margins = {quarter: [] for quarter in range(4)}
+    margins, ranked = [], {quarter: [] for quarter in range(4)}
     trainer.model.eval()
     for at in range(len(trainer.eval_dataset)):
         batch = trainer.data_collator([trainer.eval_dataset[at]])
-        quarters = batch["quarters"].tolist()
+        quarters, ends = batch["quarters"][0].tolist(), batch.get("read_out", torch.full((2, 1), 1000))
+        both = [
+            [ids[: end + 1].tolist() for end in row]
+            for ids, row in zip(batch["input_ids"], ends, strict=True)
+        ]
         with torch.no_grad():
             _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-        for quarter, margin in zip(quarters, (chosen - rejected).tolist(), strict=True):
-            margins[quarter].append(margin)
+        for quarter, margin, *sides in zip(quarters, (chosen - rejected).tolist(), *both, strict=True):
+            margins.append(margin)
+            if sides[0] != sides[1]:
+                ranked[quarter].append(margin > 0)
 
-    margins[""] = [margin for quarter in margins.values() for margin in quarter]
-    for quarter, found in margins.items():
-        name = "eval_accuracy" if quarter == "" else f"eval_accuracy_quarter_{quarter + 1}"
-        # Where both sides begin alike the rewards are equal but for rounding, and either may be above.
-        least, most = (sum(margin > tie for margin in found) / len(found) for tie in (1e-5, -1e-5))
-        assert least - 1e-6 <= metrics[name] <= most + 1e-6
-        assert most - least < 0.5
+    for quarter, right in ranked.items():
+        assert metrics[f"eval_accuracy_quarter_{quarter + 1}"] == pytest.approx(sum(right) / len(right))
+    right = [entry for quarter in ranked.values() for entry in quarter]
+    assert metrics["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert metrics["eval_ranked"] == len(right)
+    assert metrics["eval_same_prefix"] == len(margins) - len(right) > 3
+    assert metrics["eval_margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    losses = [math.log1p(math.exp(-margin)) for margin in margins]
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 # The scripts
@@ -209,6 +288,7 @@ def test_partial_reward_model_learns_and_is_saved_whole(
     flags += ["--gradient_accumulation_steps", "1", "--max_steps", "12"]
     if lora:
         flags += ["--use_peft", "--lora_r", "4"]
+    capsys.readouterr()
     run_main(tldr_partial_reward_model, monkeypatch, *flags)
 
     folder = here / "partial_reward_modeling_tldr"
@@ -243,6 +323,36 @@ def test_two_labels_wrong_tokenizer_and_missing_data_are_refused(
         small_models["bert"], num_labels=2, ignore_mismatched_sizes=True
     ).save_pretrained(two)
     assert "has 2 labels" in refusal(str(two))
+
+
+def test_a_model_without_gradient_checkpointing_is_trained_without(
+    here, monkeypatch, tokenizers, tmp_path_factory, capsys
+):
+    """Both trainers switch it off with one warning; it is on by default."""
+    unigram, bpe = tokenizers["unigram"], tokenizers["bpe"]
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    encoder = {**shape, "pad_token_id": unigram.pad_token_id, "num_labels": 1, "vocab_size": len(unigram)}
+    encoders = [
+        AlbertForSequenceClassification(AlbertConfig(**encoder, embedding_size=16)),
+        MPNetForSequenceClassification(MPNetConfig(**encoder)),
+    ]
+    one_step = {"report_to": "none", "max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    one_step |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    for model in encoders:
+        folder = save(model, unigram, tmp_path_factory.mktemp("encoder"))
+        make_prefix_data(monkeypatch, folder)
+        capsys.readouterr()
+        make_trainer(Settings(folder, **one_step, eval_on_start=False)).train()
+        said = f"warning: --gradient_checkpointing is switched off: {type(model).__name__} has none\n"
+        assert capsys.readouterr().err.count(said) == 1
+
+    policy = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=len(bpe), n_embd=16, n_layer=1, n_head=2))
+    folder = save(policy, bpe, tmp_path_factory.mktemp("policy"))
+    write_posts()
+    settings = GPT2_large_DPO_tldr.Settings(folder, **one_step, lora_target_modules=["c_attn", "c_proj"])
+    GPT2_large_DPO_tldr.make_trainer(settings).train()
+    said = "warning: --gradient_checkpointing is switched off: OpenAIGPTLMHeadModel has none\n"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_old_flags_and_unsupported_precision(capsys, monkeypatch):
@@ -318,12 +428,13 @@ def test_dpo_adapter_is_saved_and_loads(here, monkeypatch, small_models, capsys)
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_dpo_batches_hold_whole_responses(here, monkeypatch, small_models):
+def test_dpo_batches_hold_whole_responses(here, monkeypatch, small_models, capsys):
     write_posts()
     settings = GPT2_large_DPO_tldr.Settings(
         model_name_or_path=small_models["gpt2"], report_to="none", max_length=60, use_peft=True
     )
     trainer = GPT2_large_DPO_tldr.make_trainer(settings)
+    assert capsys.readouterr().err.count("has a '<sep>', which the prompt template does not use") == 1
     tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2"])
     rows = load_from_disk("summarize_from_feedback")["train"]
     assert len(trainer.train_dataset) == len(rows)  # no row is lost

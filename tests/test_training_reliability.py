@@ -346,10 +346,14 @@ def torchrun(processes: int, flags: list[str], directory: Path) -> subprocess.Po
         )
 
 
-def flags_of_a_step(model: str, batch: int) -> list[str]:
-    """The same six rows in each step: `batch` of them on a process."""
+def flags_of_a_step(model: str, batch: int, micro_batches: int = 1) -> list[str]:
+    """The same six rows in each step: `batch` of them on a process at once."""
     flags = flags_for(REWARD, model, "--save_steps", "2", "--disable_dropout", "True", steps=12)
-    return [*flags, "--per_device_train_batch_size", str(batch), *RESUME]
+    flags += ["--per_device_train_batch_size", str(batch)]
+    return [*flags, "--gradient_accumulation_steps", str(micro_batches), *RESUME]
+
+
+COUNTS = ("ranked", "same_prefix")
 
 
 def losses(directory: Path) -> list[float]:
@@ -358,14 +362,50 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_loss_does_not_depend_on_the_number_of_processes(data, small_models, tmp_path):
-    """A causal model, whose rows hold different numbers of entries; the loss is averaged over all of them."""
-    one, three = (shutil.copytree(data["gpt2-reward"], tmp_path / name) for name in ("one", "three"))
+    """A causal model, whose rows hold different numbers of entries; the loss is averaged over all of them.
+
+    Nor on the number of micro-batches: two processes read three each.
+    """
+    names = ("one", "two", "three")
+    one, two, three = (shutil.copytree(data["gpt2-reward"], tmp_path / name) for name in names)
     code, said = run(REWARD, flags_of_a_step(small_models["gpt2-reward"], 6), one)
     assert code == 0 and "(processes: 1)" in said
 
     assert torchrun(3, flags_of_a_step(small_models["gpt2-reward"], 2), three).wait() == 0
     assert (three / "log").read_text().count("(processes: 3)") == 1  # one process alone prints
     assert len(losses(one)) == 12 and losses(three) == pytest.approx(losses(one), abs=1e-4)
+    assert torchrun(2, flags_of_a_step(small_models["gpt2-reward"], 1, micro_batches=3), two).wait() == 0
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "evaluated"), [("deberta", ["--eval_entries", "40"]), ("gpt2-reward", [])])
+def test_held_out_numbers_do_not_depend_on_the_number_of_processes(
+    data, small_models, tmp_path, model, evaluated
+):
+    """Seven comparisons, or 40 of their entries, in batches of three: the last batches are filled up."""
+    flags = flags_for(REWARD, small_models[model], "--save_steps", "1", "--eval_comparisons", "7", steps=1)
+    flags += ["--per_device_eval_batch_size", "3", *evaluated]
+    evaluations = []
+    for processes in (1, 2, 3):
+        folder = shutil.copytree(data[model], tmp_path / f"{processes}")
+        assert torchrun(processes, flags, folder).wait() == 0
+        log = next(log for log in curve(folder / OUTPUT[REWARD], 1) if "eval_loss" in log)
+        ranked, same = (int(log[f"eval_{name}"]) for name in COUNTS)
+        said = f"accuracy is that of {ranked} pairs; in {same} more both prefixes are the same"
+        assert said in (folder / "log").read_text()
+        evaluations.append(log)
+
+    assert evaluations[0]["eval_same_prefix"] > 1
+    assert model != "deberta" or sum(evaluations[0][f"eval_{name}"] for name in COUNTS) == 40
+    for found in evaluations[1:]:
+        # The smallest and the largest reward of a batch are TRL's.
+        exact = [
+            name for name in found if name.startswith("eval_") and "min_" not in name and "max_" not in name
+        ]
+        assert {"eval_accuracy", "eval_accuracy_quarter_1", "eval_loss"} <= {*exact}
+        for name in exact:
+            assert found[name] == pytest.approx(evaluations[0][name], abs=1e-5), name
 
 
 @pytest.mark.slow
