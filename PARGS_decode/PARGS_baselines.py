@@ -230,7 +230,7 @@ def decode_method(
     guide, token_bytes = None, cache_bytes(policy.model)
     if method.guide and unwritten:
         reward_model = get_reward_model(method.guide, settings)
-        guide = choose_guide(reward_model, policy, template, limit, unwritten)
+        guide = choose_guide(reward_model, policy, template, limit, settings.k, unwritten)
         token_bytes += cache_bytes(reward_model.model) * isinstance(guide, CachedGuide)
 
     num_ended = len(responses) - len(unwritten)

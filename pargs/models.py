@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -220,6 +221,7 @@ def load_policy(
     eos_ids = {token for token in ends if isinstance(token, int)}  # either may be None
     if not device_map:
         model = copy_weights(model).to(device)
+    check_decodes(name, model)
     return Policy(name, model.eval(), tokenizer, eos_ids, longest_input(model.config, tokenizer))
 
 
@@ -260,9 +262,25 @@ def load_language_model(name: str, dtype: torch.dtype, spread: dict[str, Any]) -
         fail(f"{name!r} is no whole policy: it has no weights for {first_few(found['missing_keys'])}")
     if found["unexpected_keys"]:
         warn(f"{name!r} has weights that no language model uses: {first_few(found['unexpected_keys'])}")
-    if model._is_stateful:
-        fail(f"{name!r} ({type(model).__name__}) keeps a state and no key-value cache, which decoding needs")
     return model
+
+
+@torch.inference_mode()
+def check_decodes(name: str, model: Any) -> None:
+    """Exit where a model cannot write token by token, each from a key-value cache of those before."""
+    kind, config = type(model).__name__, model.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        fail(f"{name!r} ({kind}) reads a text in both directions: it is no policy")
+    if model._is_stateful:
+        fail(f"{name!r} ({kind}) keeps a state and no key-value cache, which decoding needs")
+
+    cache, ids = DynamicCache(config=config), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with loading(f"the policy {name!r}", "decoding needs a key-value cache"):
+        for at in range(2):
+            mask, position = ids.new_ones(1, at + 1), ids + at
+            model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+            if cache.get_seq_length() <= at:
+                fail(f"{name!r} ({kind}) keeps no key-value cache, which decoding needs")
 
 
 def first_few(names: Iterable[str]) -> str:

@@ -6,19 +6,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, STAGES, assert_one_error, hub_rows, hub_test_rows, write_hub_data
-from datasets import Dataset, DatasetDict
 from forked import run
 from PARGS_baselines import METHODS, Settings
 from prompts import load_prompts, read_own_prompts
 from run_state import MADE_BY, check_models, claim_directory
+from small_runs import TEMPLATE, write_dataset
 
-from pargs.models import load_policy
 from pargs.runs import generation_path, read_generations
 
 COMMANDS = r"""
@@ -66,6 +65,7 @@ def test_readme_has_these_commands():
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS.strip().splitlines():
         assert command in readme
+    assert len(SCRIPTS) == 9
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_commands_run_word_for_word(small_models, tmp_path):
         rows = read_generations(path)
         assert [row.prompt for row in rows] == list(table["prompt"])
         assert [row.reward for row in rows] == list(table[method])
-        fields = {"prompt", "result", "reward", "num_tokens", "finish_reason"}
+        fields = {"prompt", "result", "reward", "num_tokens", "finish_reason", "ids"}
         assert all(set(row) == fields for row in json.loads(path.read_text()))
 
     training = outputs["tldr_partial_reward_model"].stderr
@@ -138,25 +138,30 @@ def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher
     assert not list(directory.iterdir())
 
 
-def test_there_are_nine_scripts():
-    assert len(SCRIPTS) == 9
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "said"),
+    ("script", "said"),
     [
-        ("DataProcess/tldr_data_process.py", "", "cannot load 'openai/summarize_from_feedback'"),
-        ("DPO_training/GPT2_large_DPO_tldr.py", "--report_to none", "cannot load"),
-        ("PARGS_decode/PARGS_baselines.py", "", "make it with `python DataProcess/tldr_data_process.py`"),
-        ("Evaluation/show_result.py", "", "python PARGS_decode/PARGS_baselines.py"),
+        ("DataProcess/tldr_data_process.py", "cannot load 'openai/summarize_from_feedback'"),
+        ("DPO_training/GPT2_large_DPO_tldr.py", "cannot load"),
+        ("PARGS_decode/PARGS_baselines.py", "make it with `python DataProcess/tldr_data_process.py`"),
+        ("Evaluation/show_result.py", "python PARGS_decode/PARGS_baselines.py"),
     ],
 )
-def test_what_is_missing_is_named_with_the_command(tmp_path, script, arguments, said):
+def test_what_is_missing_is_named_with_the_command(tmp_path, script, said):
     directory = tmp_path / "run"
     directory.mkdir()
-    assert_one_error(*run(script, arguments.split(), directory), said)
+    assert_one_error(*run(script, [], directory), said)
     assert not list(directory.iterdir())
+
+
+def refusal(capsys, function: Callable, *arguments: object) -> str:
+    """The one line in which a function refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*arguments)
+    said = capsys.readouterr().err
+    assert_one_error(stopped.value.code, said)
+    return said
 
 
 @pytest.mark.parametrize(
@@ -185,42 +190,44 @@ def test_missing_models_are_named_with_the_command(
 
     check(names)
     default = getattr(Settings(), setting)
-    with pytest.raises(SystemExit) as stopped:
-        check(names | {setting: default if default in MADE_BY else "./absent"})
-    assert_one_error(stopped.value.code, capsys.readouterr().err, said)
+    absent = default if default in MADE_BY else "./absent"
+    assert said in refusal(capsys, check, names | {setting: absent})
 
 
-def test_own_prompts_and_their_errors(tmp_path, capsys):
+def test_own_prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "POST: a\\nTL;DR:", "reference": " b", "id": 7}\n\n{"prompt": "c"}\n')
     assert read_own_prompts(str(path)) == (["POST: a\nTL;DR:", "c"], [" b", None])
     path.write_text('{"prompt": "one\u2028prompt"}\n', encoding="utf-8")
     assert read_own_prompts(str(path)) == (["one\u2028prompt"], [None])
 
-    for content, said in (
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
         (b"nonsense", "line 1 is not a JSON object"),
         (b'{"prompt": "a"}\n{"text": "a"}', "line 2 is not a JSON object"),
-        (b'["prompt"]', "line 1 is not a JSON object"),
+        (b'{"prompt": "a"}\n{"prompt": "\\ud800"}', "line 2 is not a JSON object"),  # a lone surrogate
         (b'{"prompt": " "}', "the prompt is blank"),
         (b'{"prompt": 3}', "should be a valid string"),
         (b"", "holds no prompts"),
         (b"\xff", "cannot read the prompts"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(SystemExit) as stopped:
-            read_own_prompts(str(path))
-        assert_one_error(stopped.value.code, capsys.readouterr().err, said)
+    ],
+)
+def test_own_prompts_that_cannot_be_read(tmp_path, capsys, content, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    assert said in refusal(capsys, read_own_prompts, str(path))
 
 
 def test_test_prompts_are_drawn_by_seed(tmp_path):
-    rows = [{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)]
-    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
+    write_dataset(tmp_path, test=[{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)])
 
     def draw(num_prompts: int, seed: int = 42) -> tuple:
-        return load_prompts(str(tmp_path / "data"), None, num_prompts, seed)
+        return load_prompts(str(tmp_path / "summarize_from_feedback"), None, num_prompts, seed)
 
     prompts, references, template = draw(10)
-    assert len(prompts) == 10 and template == "{post}"
+    assert len(prompts) == 10 and template == TEMPLATE
     assert [" r" + prompt[1:] for prompt in prompts] == references
     assert draw(10)[0] == prompts != draw(10, seed=1)[0]
     assert len(draw(0)[0]) == 50
@@ -228,21 +235,12 @@ def test_test_prompts_are_drawn_by_seed(tmp_path):
 
 def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-
-    def refused(*claim) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            claim_directory(*claim)
-        error = capsys.readouterr().err
-        assert_one_error(stopped.value.code, error)
-        return error
-
     claim_directory({"k": 10}, {"a": "1"}, ["ARGS"], False)
     Path("generation_args.json").write_text("[]")
     claim_directory({"k": 10}, {"b": "2"}, ["PARGS"], False)  # another method's model
-    assert "k (was 10, is 5)" in refused({"k": 5}, {}, ["ARGS"], False)
-    assert "the model 'a' (it was trained" in refused({"k": 10}, {"a": "3"}, ["ARGS"], False)
+    assert "the model 'a' (it" in refusal(capsys, claim_directory, {"k": 10}, {"a": "3"}, ["ARGS"], False)
     Path("decoding_settings.json").rename("elsewhere.json")
-    assert "unknown settings" in refused({"k": 10}, {}, ["ARGS"], False)
+    assert "unknown settings" in refusal(capsys, claim_directory, {"k": 10}, {}, ["ARGS"], False)
 
     Path("elsewhere.json").rename("decoding_settings.json")
     Path("generation_pargs.json").write_text("[]")
@@ -251,8 +249,3 @@ def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, c
     claim_directory({"k": 5}, {}, ["PARGS"], True)
     assert not Path("generation_args.json").exists()
     assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
-
-
-def test_end_tokens_are_those_of_the_policy(small_models):
-    policy = load_policy(small_models["llama"], torch.float32, "cpu")
-    assert policy.eos_ids == {policy.tokenizer.eos_token_id}

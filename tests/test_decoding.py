@@ -112,9 +112,11 @@ def decode(method: str, prompts: list[str], settings: Settings) -> list[Response
     return decode_method(method, prompts, TEMPLATE, settings).responses
 
 
-def compare_with_reference(method: str, prompts: list[str], settings: Settings, plain: Reference) -> int:
+def compare_with_reference(
+    method: str, prompts: list[str], settings: Settings, plain: Reference, eos: int | None = None
+) -> int:
     """Every response is the reference's, token for token; returns how many tokens were compared."""
-    how, eos = METHODS[method](settings), plain.tokenizer.eos_token_id
+    how, eos = METHODS[method](settings), plain.tokenizer.eos_token_id if eos is None else eos
     compared = 0
     for response in decode(method, prompts, settings):
 

@@ -16,14 +16,12 @@ import PARGS_baselines
 import psutil
 import pytest
 import torch
-from accelerate import PartialState
 from conftest import ROOT, assert_one_error, make_posts, save, write_prompts
-from datasets import Dataset, DatasetDict
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
-from progress import Progress
 from small_disk import small_disk  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from small_runs import write_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 SCRIPT = "PARGS_decode/PARGS_baselines.py"
 METHODS = ["ARGS", "PARGS", "BESTN", "TOP-K"]
@@ -174,18 +172,13 @@ def test_what_is_finished_is_not_decoded_again(flags, whole, here):
 
 
 @pytest.mark.slow
-def test_a_trace_is_not_pieced_together_from_a_run_without(flags, here):
-    kill_once_something_is_kept([flag for flag in flags if flag != "--trace"], here)
-    assert run(SCRIPT, flags, here)[0] == 0
+@pytest.mark.parametrize(("first", "kept"), [(["--methods", "ARGS"], True), (["--trace", "False"], False)])
+def test_more_methods_keep_what_was_finished_but_no_trace_begins_in_the_middle(flags, here, first, kept):
+    kill_once_something_is_kept([*flags, *first], here)
+    status, output = run(SCRIPT, flags, here)
+    assert status == 0 and ("responses kept from an earlier run" in output) == kept, output
     traces = [json.loads(line) for line in (here / "trace_args.jsonl").read_text().splitlines()]
     assert len(traces) == 12 and all(trace["steps"] for trace in traces)
-
-
-@pytest.mark.slow
-def test_a_rerun_with_more_methods_keeps_what_was_finished(flags, here):
-    kill_once_something_is_kept([*flags, "--methods", "ARGS"], here)
-    status, output = run(SCRIPT, flags, here)
-    assert status == 0 and "responses kept from an earlier run" in output
 
 
 @pytest.mark.slow
@@ -202,16 +195,6 @@ def test_other_settings_or_a_retrained_model_are_refused(flags, small_models, he
     model.save_pretrained(guide)
     assert_one_error(*decode(*flags), f"the model {str(guide)!r} (it was trained anew or replaced)")
     assert files_of(here) == before
-
-
-def test_lines_of_another_experiment_are_passed_over(here):
-    PartialState(cpu=True)
-    Progress("ARGS", "one").add_reward("pair", 1.0)
-    assert Progress("ARGS", "other").rewards == {}
-    again = Progress("ARGS", "one")
-    assert again.rewards == {"pair": 1.0} and again.responses == {}
-    again.drop()
-    assert not list(here.iterdir())
 
 
 @pytest.mark.slow
@@ -275,21 +258,24 @@ def launch(processes: int, flags: list[str], directory: Path) -> subprocess.Pope
     )
 
 
-@pytest.mark.slow
-def test_any_number_of_processes_writes_the_same_files_also_after_one_died(flags, whole, tmp_path):
-    """Three; three, of which one is killed; and two that go on from there."""
-    together, interrupted = tmp_path / "together", tmp_path / "interrupted"
-    together.mkdir()
-    interrupted.mkdir()
-    launched = launch(3, flags, together)
+def finish(launched: subprocess.Popen) -> str:
     output, _ = launched.communicate()
     assert launched.returncode == 0, output
-    assert output.count("3 processes; mean rewards") == 1
+    return output
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_writes_the_same_files_also_after_one_died(flags, whole, here, tmp_path):
+    """Three; three, of which one is killed; and two that go on from there."""
+    together = tmp_path / "together"
+    together.mkdir()
+    assert finish(launch(3, flags, together)).count("3 processes; mean rewards") == 1
     assert_same_files(together, whole, costs=True)
 
-    launched = launch(3, flags, interrupted)
-    while not (interrupted / "generation_pargs.progress-2.jsonl").exists():
+    launched = launch(3, flags, here)
+    while not (here / "generation_pargs.progress-2.jsonl").exists():
         assert launched.poll() is None, launched.stdout.read()
+        time.sleep(0.005)
     ranks = [child for child in psutil.Process(launched.pid).children() if "--prompts" in child.cmdline()]
     assert len(ranks) == 3
     ranks[1].kill()
@@ -297,12 +283,9 @@ def test_any_number_of_processes_writes_the_same_files_also_after_one_died(flags
     assert launched.returncode not in (0, None) and "SIGKILL" in output
     assert not any(rank.is_running() for rank in ranks)
 
-    launched = launch(2, flags, interrupted)
-    output, _ = launched.communicate()
-    assert launched.returncode == 0, output
-    assert "ARGS: done before" in output
-    assert output.count("2 processes; mean rewards") == 1
-    assert_same_files(interrupted, whole)
+    output = finish(launch(2, flags, here))
+    assert "ARGS: done before" in output and output.count("2 processes; mean rewards") == 1
+    assert_same_files(here, whole)
 
 
 # Broken models and input
@@ -323,17 +306,18 @@ def make_infinite(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def leave_as_it_is(folder: Path) -> None:
-    pass
-
-
 @pytest.mark.parametrize(
     ("flag", "name", "damage", "said"),
     [
         ("--policy", "gpt2", cut_weights, ["cannot load the policy", "model-gpt2"]),
         ("--full_reward_model", "deberta", cut_weights, ["cannot load the weights", "model-deberta"]),
         ("--full_reward_model", "bert", give_two_labels, ["has 2 labels"]),
-        ("--full_reward_model", "gpt2", leave_as_it_is, ["no trained reward model: it is a GPT2LMHeadModel"]),
+        (
+            "--full_reward_model",
+            "gpt2",
+            lambda folder: None,
+            ["no trained reward model: it is a GPT2LMHeadModel"],
+        ),
         ("--evaluation_reward_model", "gpt2-reward", make_infinite, ["a reward of", "the prompt 'POST:"]),
     ],
 )
@@ -344,19 +328,16 @@ def test_unusable_models_are_named(flags, small_models, here, decode, tmp_path, 
     assert not list(here.glob("generation_*.json"))
 
 
-def test_adapter_of_another_model_is_refused(flags, small_models, here, decode, tmp_path):
-    adapter, tokenizer = tmp_path / "adapter", AutoTokenizer.from_pretrained(small_models["gpt2"])
+def test_an_adapter_of_another_model_is_refused(flags, small_models, here, decode, tmp_path):
+    """Of a deeper one, whose lowest layers it fits."""
+    tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2"])
     model = AutoModelForCausalLM.from_pretrained(small_models["gpt2"])
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(adapter)
-    tokenizer.save_pretrained(adapter)
-    deeper_config = type(model.config)(**model.config.to_diff_dict() | {"n_layer": 3})
-    deeper = save(AutoModelForCausalLM.from_config(deeper_config), tokenizer, tmp_path / "deeper")
-
-    for base in (deeper, small_models["llama"]):
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        refused = decode(*flags, "--dpo_policy", adapter, "--methods", "DPO", "--overwrite")
-        assert_one_error(*refused, "cannot load the policy")
+    deeper = AutoModelForCausalLM.from_config(GPT2Config(**model.config.to_diff_dict() | {"n_layer": 3}))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
+    adapted.peft_config["default"].base_model_name_or_path = save(deeper, tokenizer, tmp_path / "deeper")
+    adapter = save(adapted, tokenizer, tmp_path / "adapter")
+    refused = decode(*flags, "--dpo_policy", adapter, "--methods", "DPO")
+    assert_one_error(*refused, "cannot load the policy")
 
 
 class Opens:
@@ -387,38 +368,41 @@ def test_pickled_weights_are_read_as_weights_alone(flags, small_models, here, de
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        (["--magic"], "unknown arguments: --magic"),
-        (["--methods", "MAGIC"], "--methods knows ARGS, PARGS-G"),
-        (["--k", "many"], "--k: invalid int value: 'many'"),
-        (["--k", "0"], "--k should be greater than 0"),
-        (["--dtype", "int3"], "invalid choice: 'int3'"),
-        (["--num_prompts", "-1"], "--num_prompts should be greater than or equal to 0"),
-        (["--args_weight", "nan"], "--args_weight should be a finite number"),
-        (["--k", "100000"], "--k 100000 is more than the"),
-        (["--device_map", "auto"], "--device_map spreads a policy over all GPUs: start one process"),
+        ("--magic", "unknown arguments: --magic"),
+        ("--methods MAGIC", "--methods knows ARGS, PARGS-G"),
+        ("--k many", "--k: invalid int value: 'many'"),
+        ("--k 0", "--k should be greater than 0"),
+        ("--dtype int3", "invalid choice: 'int3'"),
+        ("--num_prompts -1", "--num_prompts should be greater than or equal to 0"),
+        ("--args_weight nan", "--args_weight should be a finite number"),
+        ("--k 100000", "--k 100000 is more than the"),
+        ("--device_map auto", "--device_map spreads a policy over all GPUs: start one process"),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, here, decode, monkeypatch, flag, said):
     if "--device_map" in flag:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_error(*decode(*flags, *flag), said)
+    assert_one_error(*decode(*flags, *flag.split()), said)
     assert not list(here.iterdir())
 
 
 def test_a_limit_beyond_the_policy_is_one_line(flags, here, decode):
-    assert_one_error(*decode(*flags, "--max_new_tokens", 300), "no prompt fits beside --max_new_tokens")
+    refused = decode(*flags, "--methods", "TOP-K", "--max_new_tokens", 300)
+    assert_one_error(*refused, "no prompt fits beside --max_new_tokens")
+
+
+def test_a_truncated_dataset_is_named_with_its_command(flags, here, decode):
+    write_dataset(here, test=[{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)])
+    (arrow,) = here.rglob("*.arrow")
+    os.truncate(arrow, arrow.stat().st_size - 300)
+    assert_one_error(*decode(*flags[2:]), "python DataProcess/tldr_data_process.py")
 
 
 @pytest.mark.slow
 def test_extreme_prompts_are_decoded(flags, here, decode):
     """Huge, foreign, full of special tokens, all the same: what does not fit loses its beginning, counted."""
-    posts = [
-        "long " * 20_000,
-        "Мой сосед 我的邻居 😀🏳️‍🌈",
-        "<|endoftext|> [SEP] [CLS] <sep>" * 3,
-        "a" * 100_000,
-        "\x00\u202e",
-    ]
+    posts = ["long " * 20_000, "Мой сосед 我的邻居 😀🏳️‍🌈", "<|endoftext|> [SEP] [CLS] <sep>" * 3]
+    posts += ["a" * 100_000, "\x00\u202e"]
     prompts = [f"POST: {post}\nTL;DR:" for post in posts]
     write_prompts(here / "prompts.jsonl", prompts, [f" {post}" for post in posts])
     status, output = decode(*flags, "--prompts", "prompts.jsonl")
@@ -426,17 +410,3 @@ def test_extreme_prompts_are_decoded(flags, here, decode):
     assert "2 prompts are longer than" in output and "reference: 2 pairs are longer than" in output
     results = json.loads((here / "generation_args.json").read_text())
     assert len(results) == len(posts) and all(row["num_tokens"] for row in results)
-
-
-def test_lone_surrogates_are_refused_with_their_line(flags, here, decode):
-    (here / "prompts.jsonl").write_text('{"prompt": "fine"}\n{"prompt": "\\ud800"}\n')
-    assert_one_error(*decode(*flags, "--prompts", "prompts.jsonl"), "line 2")
-    assert [path.name for path in here.iterdir()] == ["prompts.jsonl"]
-
-
-def test_truncated_dataset_is_named_with_its_command(flags, here, decode):
-    rows = [{"prompt": f"p{at}", "reference": f" r{at}"} for at in range(50)]
-    DatasetDict(test=Dataset.from_list(rows)).save_to_disk("summarize_from_feedback")
-    (arrow,) = here.rglob("*.arrow")
-    os.truncate(arrow, arrow.stat().st_size - 300)
-    assert_one_error(*decode(*flags[2:]), "python DataProcess/tldr_data_process.py")

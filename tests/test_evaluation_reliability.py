@@ -205,7 +205,8 @@ generation = st.fixed_dictionaries(
         "reward": st.floats(allow_nan=False, allow_infinity=False),
         "num_tokens": st.integers(0, 10**9),
         "finish_reason": st.sampled_from(["eos", "length"]),
-    }
+    },
+    optional={"ids": st.none() | st.lists(st.integers(-(10**9), 10**9), max_size=4)},
 )
 step = st.fixed_dictionaries(
     {
@@ -372,6 +373,7 @@ for directory, script, *arguments in json.loads(sys.argv[1]):
 OUTPUTS = [
     *(f"{name}.{kind}" for name in ("average_reward", "prefix_accuracy") for kind in ("csv", "png", "pdf")),
     *("average_reward.md", "average_reward.tex", "token_rewards.png", "token_rewards.pdf"),
+    "prefix_accuracy_paired.csv",
 ]
 
 

@@ -12,23 +12,17 @@ from fast_attention import switch_attention, use_fast_attention
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config
 from transformers import DebertaV2ForSequenceClassification as DebertaV2
 
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+LENGTHS = [(64, 40), (3, 1), (17, 17, 9)]
+
 
 def deberta() -> DebertaV2:
     """A small DeBERTa-v3 in half precision, whose attention and positions matter."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     relative = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
     kind = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
-    config = DebertaV2Config(
-        vocab_size=300,
-        max_position_embeddings=64,
-        type_vocab_size=0,
-        initializer_range=0.15,
-        num_labels=1,
-        **shape,
-        **relative,
-        **kind,
-    )
+    sizes = {"vocab_size": 300, "max_position_embeddings": 64, "type_vocab_size": 0, "num_labels": 1}
+    config = DebertaV2Config(**SHAPE, **relative, **kind, **sizes, initializer_range=0.15)
     return DebertaV2(config).half().eval()
 
 
@@ -56,38 +50,23 @@ class StandInEncoder(torch.nn.Module):
         self.lengths = lengths
         self.active = lengths[0]
 
-    def activate_shape(self, length: int) -> "StandInEncoder":
-        if length not in self.lengths:
-            raise ValueError(f"{length} was not prepared")
+    def activate_shape(self, length: int) -> None:
+        assert length in self.lengths, f"{length} was not prepared"
         self.active = length
-        return self
 
     def forward(self, hidden_states: torch.Tensor, *inputs, **options):
-        if hidden_states.shape[1] != self.active:
-            raise ValueError(f"active length {self.active}, input length {hidden_states.shape[1]}")
+        assert hidden_states.shape[1] == self.active
         return self.encoder(hidden_states, *inputs, **options)
-
-
-def same(attention: torch.nn.Module) -> None:
-    pass
-
-
-def without_positions(attention: torch.nn.Module) -> None:
-    attention.relative_attention = False
 
 
 def positions_off_by_one(attention: torch.nn.Module) -> None:
     bias = attention.disentangled_attention_bias
-    attention.disentangled_attention_bias = lambda query, key, position, *rest: bias(
-        query, key, position + 1, *rest
-    )
+    attention.disentangled_attention_bias = lambda q, k, position, *rest: bias(q, k, position + 1, *rest)
 
 
 def padding_read(attention: torch.nn.Module) -> None:
-    forward = attention.forward
-    attention.forward = lambda states, mask, *rest, **options: forward(
-        states, torch.ones_like(mask), *rest, **options
-    )
+    read = attention.forward
+    attention.forward = lambda states, mask, *rest, **more: read(states, torch.ones_like(mask), *rest, **more)
 
 
 def nothing_but_nan(attention: torch.nn.Module) -> None:
@@ -105,7 +84,7 @@ def breaks_in_use(attention: torch.nn.Module) -> None:
 def stand_in(monkeypatch):
     """Installs a stand-in for the package: `change` is what its copy of each attention does differently."""
 
-    def install(change=same, lengths=(48, 96), optimize=None) -> None:
+    def install(change=lambda attention: None, lengths=(48, 96), optimize=None) -> None:
         def optimize_deberta(backbone: torch.nn.Module, sequence_lengths: range) -> None:
             for layer in backbone.encoder.layer:
                 layer.attention.self = copy.deepcopy(layer.attention.self)
@@ -125,7 +104,7 @@ def stand_in(monkeypatch):
 
 def assert_kept_as_it_was(model: DebertaV2, message: str, capsys) -> None:
     """One warning, and the very modules and rewards of a model nothing was done to."""
-    expected = padded_rewards(deberta(), (40, 23))
+    expected = padded_rewards(model, (40, 23))
     encoder = model.deberta.encoder
     attentions = [layer.attention.self for layer in encoder.layer]
     capsys.readouterr()
@@ -140,37 +119,31 @@ def assert_kept_as_it_was(model: DebertaV2, message: str, capsys) -> None:
 
 
 def test_a_package_that_computes_the_same_is_used_at_every_length(model, stand_in, capsys):
-    expected = [padded_rewards(model, lengths) for lengths in [(64, 40), (3, 1), (17, 17, 9)]]
+    expected = [padded_rewards(model, lengths) for lengths in LENGTHS]
     stand_in()
-    description = switch_attention(model)
-    assert "stand-in" in description and capsys.readouterr().err == ""
+    assert "stand-in" in switch_attention(model) and capsys.readouterr().err == ""
     assert isinstance(model.deberta.encoder, StandInEncoder)
-    for lengths, rewards in zip([(64, 40), (3, 1), (17, 17, 9)], expected, strict=True):
+    for lengths, rewards in zip(LENGTHS, expected, strict=True):
         assert torch.equal(padded_rewards(model, lengths), rewards)
 
 
-@pytest.mark.parametrize("change", [without_positions, positions_off_by_one, padding_read, nothing_but_nan])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_package_with_other_rewards_is_not_used(change, dtype, model, stand_in, capsys):
-    stand_in(change)
-    if dtype is torch.float16:
-        assert_kept_as_it_was(model, "rewards differ by", capsys)
-    else:
-        assert switch_attention(model.to(dtype)) is None
-        assert "rewards differ by" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("package", "message"),
     [
+        ({"change": positions_off_by_one}, "rewards differ by"),
+        ({"change": padding_read}, "rewards differ by"),
+        ({"change": nothing_but_nan}, "rewards differ by"),
         ({"change": breaks_in_use}, "out of resources:"),
         ({"optimize": lambda *_, **__: None}, "heads of 32, 64 or 128"),
         ({"lengths": (16, 32)}, "no inputs of 64 tokens"),
     ],
 )
-def test_a_package_that_fails_or_declines_is_not_used(package, message, model, stand_in, capsys):
+def test_a_package_that_is_wrong_fails_or_declines_is_not_used(
+    package, message, dtype, model, stand_in, capsys
+):
     stand_in(**package)
-    assert_kept_as_it_was(model, message, capsys)
+    assert_kept_as_it_was(model.to(dtype), message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -178,17 +151,13 @@ def test_a_package_that_fails_or_declines_is_not_used(package, message, model, s
     [
         ("__version__ = '0.1'", "cannot import name 'optimize_deberta'"),
         ("raise OSError('libcuda.so.1: no such file')", "libcuda.so.1"),
-        (None, "disentangled_flash"),
     ],
 )
 def test_a_package_that_does_not_import_is_not_used(code, message, model, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "disentangled_flash"]:
         monkeypatch.delitem(sys.modules, name)
-    if code:
-        (tmp_path / "disentangled_flash.py").write_text(code)
-        monkeypatch.syspath_prepend(tmp_path)
-    else:
-        monkeypatch.setitem(sys.modules, "disentangled_flash", None)
+    (tmp_path / "disentangled_flash.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
     assert_kept_as_it_was(model, message, capsys)
     sys.modules.pop("disentangled_flash", None)
 
@@ -200,14 +169,9 @@ def test_only_deberta_in_half_precision_on_a_gpu_is_switched(model, stand_in, mo
     # No GPU here: only what the function asks about the device is replaced.
     monkeypatch.setattr(DebertaV2, "device", property(lambda _: torch.device("cuda")))
     monkeypatch.setattr(BertForSequenceClassification, "device", DebertaV2.device)
-    switched = []
-    monkeypatch.setattr("fast_attention.switch_attention", lambda model: switched.append(model) or "fast")
-    bert = BertForSequenceClassification(
-        BertConfig(hidden_size=48, num_hidden_layers=1, vocab_size=300)
-    ).half()
-    assert use_fast_attention(bert) is None
-    assert use_fast_attention(deberta().float()) is None
-    assert switched == []
+    monkeypatch.setattr("fast_attention.switch_attention", lambda model: "fast")
+    bert = BertForSequenceClassification(BertConfig(vocab_size=300, **SHAPE)).half()
+    assert use_fast_attention(bert) is use_fast_attention(deberta().float()) is None
     assert use_fast_attention(model) == "fast"
     monkeypatch.setattr("fast_attention.find_spec", lambda name: None)
     assert use_fast_attention(model) is None
@@ -219,11 +183,11 @@ def test_the_real_package_takes_the_model_and_gives_its_rewards(model, monkeypat
     package = pytest.importorskip("disentangled_flash")
     on_cpu = functools.partial(package.optimize_deberta, backend="torch")
     monkeypatch.setattr(package, "optimize_deberta", on_cpu)
+    expected = [padded_rewards(model, lengths) for lengths in LENGTHS]
     assert package.__version__ in switch_attention(model)
     assert type(model.deberta.encoder).__module__ == "disentangled_flash.deberta"
-    for lengths in [(64, 40, 7), (9, 4)]:
-        expected = padded_rewards(deberta(), lengths)
-        torch.testing.assert_close(padded_rewards(model, lengths), expected, atol=0.01, rtol=0)
+    for lengths, rewards in zip(LENGTHS, expected, strict=True):
+        torch.testing.assert_close(padded_rewards(model, lengths), rewards, atol=0.01, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -8,7 +8,9 @@ import prefix_accuracy
 import pytest
 import torch
 from conftest import make_posts
-from prefix_accuracy import PERCENTAGES, prefix_lengths, rank, score
+from datasets import Dataset
+from prefix_accuracy import PERCENTAGES, choose_pairs, compare, prefix_lengths, print_comparison, rank, score
+from prefix_figures import draw_accuracy
 from reward_reading import SIDES, Pair, ask, encode_pair, read_rewards
 from small_runs import TEMPLATE, refuse, run_script, write_dataset
 from tldr_data_process_partial import encode_pairs
@@ -17,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from pargs.models import RewardModel, load_reward_model
 from pargs.prefixes import EncodedResponse
 
-OUTPUTS = {f"{name}.{kind}" for name in ("prefix_accuracy", "token_rewards") for kind in ("png", "pdf")}
+FIGURES = {f"{name}.{kind}" for name in ("prefix_accuracy", "token_rewards") for kind in ("png", "pdf")}
+TABLES = {"prefix_accuracy.csv", "prefix_accuracy_paired.csv"}
 
 
 def comparisons(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -52,11 +55,19 @@ def test_an_encoder_reads_what_its_tokenizer_makes_of_the_pair(load, name):
 def test_prefixes_are_those_of_the_training_data(load, name):
     model, rows = load(name), comparisons(6, seed=3)
     rows[0]["chosen"] = "  wife and landlord"  # two spaces: a prefix of one token is no slice of the ids
+    # Unknown tokens, and behind them one character that becomes three tokens.
+    rows[1]["chosen"] = " my \U0001f951 wife sold the \U0001f951…"
     batch = {column: [row[column] for row in rows] for column in rows[0]}
     encoded = encode_pairs(batch, model.tokenizer, model.frame, model.causal, TEMPLATE, 10**6)
 
     if name == "deberta":
         assert any(encoded["chosen_reencoded"])
+    if not model.causal:
+        unknown = encode_pair(model, rows[1], TEMPLATE).sides["chosen"]
+        assert unknown.ids.count(model.tokenizer.unk_token_id) >= 2
+        for text in (" my \U0001f951", " my \U0001f951 wife"):  # never spelt "[UNK]"
+            ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert unknown.prefix(len(ids)) == ids
     compared = 0
     for at, row in enumerate(rows):
         pair = encode_pair(model, row, TEMPLATE)
@@ -151,6 +162,54 @@ def test_accuracy_and_interval_by_hand():
     assert table.loc[10, "n"] == 0 and pd.isna(table.loc[10, "accuracy"])
 
 
+def cells_of(*pairs: tuple[bool, str]) -> pd.DataFrame:
+    """A model's rewards at 50%: of each pair, whether the prefixes are the same, and which scores higher."""
+    rewards = {"chosen": (2.0, 1.0), "rejected": (1.0, 2.0), "neither": (1.0, 1.0)}
+    rows = [(at, 50, same, *rewards[above]) for at, (same, above) in enumerate(pairs)]
+    return pd.DataFrame(rows, columns=["pair", "percent", "same", "chosen", "rejected"])
+
+
+def test_two_models_on_the_same_pairs_by_hand(capsys):
+    right, wrong, equal, same = (False, "chosen"), (False, "rejected"), (False, "neither"), (True, "neither")
+
+    def compared(full: list, partial: list) -> pd.DataFrame:
+        return compare({"full": cells_of(*full), "partial": cells_of(*partial)}, resamples=9999, seed=0)
+
+    # Of eight pairs two are the same to one of the models; of six, one model alone is right.
+    table = compared([wrong] * 5 + [right, same, right], [right] * 6 + [right, same])
+    assert list(table.loc[0, ["percent", "n", "full_only", "partial_only"]]) == [50, 6, 0, 5]
+    table = compared([wrong] * 5 + [right, same, right], [right] * 5 + [wrong, right, same])
+    assert list(table.loc[0, ["percent", "n", "full_only", "partial_only"]]) == [50, 6, 1, 5]
+    assert table.loc[0, "difference"] == pytest.approx(4 / 6)
+    assert table.loc[0, "p"] == pytest.approx(2 * (1 + 6) / 2**6)  # six coins: at most one falls otherwise
+    # The -1 is in no draw of 33% of the resamples, in three or more of 6.2%, in four or more of 0.9%.
+    assert list(table.loc[0, ["interval_low", "interval_high"]]) == [0, 1]
+    print_comparison(table)
+    shown = capsys.readouterr().out.splitlines()[-1].split()
+    assert shown == ["50%", "6", "1", "5", "+0.667", "[+0.000,", "+1.000]", "0.219"]
+    ranked = {label: rank(cells_of(right, wrong)) for label in ("full", "partial")}
+    accuracy = pd.concat(ranked, names=["model"]).reset_index("model")
+    above, below = draw_accuracy(accuracy, table, 6).axes
+    assert above.get_xlim() == below.get_xlim()
+    assert list(below.lines[1].get_xydata()[0]) == [50, pytest.approx(4 / 6)]
+    assert below.collections[0].get_segments()[0][:, 1].tolist() == [0, 1]
+
+    table = compared([right, wrong, wrong], [right, wrong, equal])
+    assert list(table.loc[0, ["n", "full_only", "partial_only", "difference", "p"]]) == [3, 0, 0, 0, 1]
+    table = compared([same], [same])
+    assert table.loc[0, "n"] == 0 and table.loc[0, ["difference", "interval_low", "p"]].isna().all()
+
+
+def test_prompts_are_the_sample(load):
+    """Of several pairs of a prompt one is ranked."""
+    model, rows = load("bert"), comparisons(5)
+    rows[3]["prompt"] = rows[1]["prompt"]
+    settings = prefix_accuracy.Settings(num_pairs=4)
+    pairs, left_out = choose_pairs(Dataset.from_list(rows), {"full": model}, TEMPLATE, settings)
+    assert [pair["full"].prompt for pair in pairs] == [rows[at]["prompt"] for at in (0, 1, 2, 4)]
+    assert dict(left_out) == {"further ones of a prompt": 1}
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2-reward"])
 def test_prefixes_that_are_the_same_are_not_ranked(load, name):
     model = load(name)
@@ -188,8 +247,15 @@ def test_writes_both_figures_and_the_table(small_models, tmp_path, capsys, model
     table = pd.read_csv(tmp_path / "out/prefix_accuracy.csv")
     assert list(table["model"]) == ["full"] * 10 + ["partial"] * 10
     assert ((table["n"] + table["same_prefix"]) == count).all()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS | {"prefix_accuracy.csv"}
-    for name in OUTPUTS:
+    paired = pd.read_csv(tmp_path / "out/prefix_accuracy_paired.csv")
+    assert list(paired["percent"]) == list(PERCENTAGES)
+    assert (paired["n"] <= table.groupby("percent")["n"].min().to_numpy()).all()
+    full, partial = (table[table["model"] == label].iloc[-1] for label in ("full", "partial"))
+    last = paired.iloc[-1]
+    if last["n"] == count:
+        assert last["partial_only"] - last["full_only"] == partial["correct"] - full["correct"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | TABLES
+    for name in FIGURES:
         content = (tmp_path / "out" / name).read_bytes()
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF") and len(content) > 5000
 
