@@ -22,7 +22,8 @@ from pargs.scoring import (
     score_pairs,
 )
 
-# How far rewards of the cache may lie from those of reading afresh, beside 1 + the largest of them.
+# How far rewards of the cache may lie from those of reading afresh, beside 1 + the largest of them. Measured
+# in random models of 2 to 24 layers: rounding up to 0.002 (float16), 0.015 (bfloat16); faults 0.1 and more.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 

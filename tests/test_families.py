@@ -98,14 +98,14 @@ def save_causal(kind: type, family: str, tokenizer: PreTrainedTokenizerFast, pat
     return save_new(kind, family, ids | CAUSAL.get(family, {}), tokenizer, path)
 
 
-def without_segments(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer with RoBERTa's frame: two separators between the texts, and no segment ids."""
+def with_frame(tokenizer: PreTrainedTokenizerFast, segments: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer with BERT's frame and segment ids, or RoBERTa's: two separators and no segment ids."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     special = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
-    pair = "[CLS] $A [SEP] [SEP] $B [SEP]"
+    pair = "[CLS] $A [SEP] $B:1 [SEP]:1" if segments else "[CLS] $A [SEP] [SEP] $B [SEP]"
     backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, special)
     roles = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
-    names = ["input_ids", "attention_mask"]
+    names = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, **roles, model_input_names=names, model_max_length=200
     )
@@ -122,7 +122,7 @@ def assert_guided(plain: Reference, prompts: list[str], settings: PARGS_baseline
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_policy_writes_the_reference_tokens(family, small_models, tokenizers, prompts, tmp_path):
     folders = small_models | {"new": save_causal(AutoModelForCausalLM, family, tokenizers["bpe"], tmp_path)}
-    settings = make_settings(folders, "new", "bert", max_new_tokens=8)
+    settings = make_settings(folders, "new", "bert", max_new_tokens=8, pargs_weight=10.0)
     plain = Reference.load(folders["new"], folders["bert"], causal=False)
     assert_guided(plain, prompts[:3], settings)
 
@@ -146,7 +146,7 @@ def test_a_causal_reward_model_guides_as_the_reference(
     monkeypatch.setattr(
         PARGS_baselines, "choose_guide", lambda *asked: guides.append(choose_guide(*asked)) or guides[-1]
     )
-    settings = make_settings(folders, policy, "new", max_new_tokens=8)
+    settings = make_settings(folders, policy, "new", max_new_tokens=8, pargs_weight=10.0)
     assert_guided(Reference.load(folders[policy], folders["new"], causal=True), prompts[:3], settings)
 
     assert type(guides[0]) is (RereadingGuide if family in (*SLIDING, *FAULTS) else CachedGuide)
@@ -162,15 +162,14 @@ def test_a_causal_reward_model_guides_as_the_reference(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ENCODERS)
 def test_an_encoder_guides_as_the_reference(family, small_models, tokenizers, prompts, tmp_path):
-    words = tokenizers[ENCODERS[family]]
-    if family not in HAVE_SEGMENTS:
-        words = without_segments(words)
+    words = with_frame(tokenizers[ENCODERS[family]], family in HAVE_SEGMENTS)
     own = {"pad_token_id": words.pad_token_id, "bos_token_id": words.cls_token_id}
     own |= {"eos_token_id": words.sep_token_id, "sep_token_id": words.sep_token_id}
     own |= {"attention_window": 16} if family == "longformer" else {}
+    own |= {"type_vocab_size": 2} if family in HAVE_SEGMENTS else {}
     kind = AutoModelForSequenceClassification
     folders = small_models | {"new": save_new(kind, family, own, words, tmp_path)}
-    settings = make_settings(folders, "gpt2", "new", max_new_tokens=8)
+    settings = make_settings(folders, "gpt2", "new", max_new_tokens=8, pargs_weight=10.0)
     assert_guided(Reference.load(folders["gpt2"], folders["new"], causal=False), prompts[:3], settings)
 
 
