@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -317,10 +318,10 @@ def test_killed_in_the_middle_and_rerun_nothing_is_asked_twice(tmp_path):
 
     write_pairs(a=[9] * 12, b=[3] * 12)
     with JudgeServer(nine_then_hang) as server:
-        started = start()
-        started.wait_until(
-            lambda: LOG.exists() and LOG.read_bytes().count(b"\n") == 9 and len(server.requests) == 13
-        )
+        started, deadline = start(), time.monotonic() + 60
+        while not (LOG.exists() and LOG.read_bytes().count(b"\n") == 9 and len(server.requests) == 13):
+            assert started.process.is_alive() and time.monotonic() < deadline, started.log.read_text()
+            time.sleep(0.01)
         assert started.kill_after(0) and not SUMMARY.exists()
         kept = {
             messages_of(Question(**{name: line[name] for name in asdict(question())}))[-1]["content"]
