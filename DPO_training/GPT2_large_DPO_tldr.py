@@ -125,7 +125,7 @@ def make_trainer(settings: Settings) -> DPOTrainer:
     dataset, notes = read_dataset(settings.dataset, columns, MAKE_PAIRS)
     tokenizer = load_tokenizer(name, revision=settings.model_revision)
     check_eos(name, tokenizer)
-    template = notes.get("template", "{post}")
+    template = notes["template"]
     warn_of_unused_separator(name, tokenizer, template)
 
     encoded = {

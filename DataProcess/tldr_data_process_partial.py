@@ -177,7 +177,7 @@ def main() -> None:
         "tokenizer": tokenizer,
         "frame": make_frame(tokenizer, causal),
         "causal": causal,
-        "template": notes.get("template", "{post}"),
+        "template": notes["template"],
         "max_length": min(settings.max_length, longest),
     }
 

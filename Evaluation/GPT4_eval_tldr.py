@@ -34,7 +34,7 @@ from pydantic import (
 from tqdm import tqdm
 from verdict_summary import print_summary, summarise
 
-from pargs.cli import SettingsParser, fail, setting
+from pargs.cli import SettingsParser, fail, is_main, setting
 from pargs.files import write_text
 from pargs.runs import read_generations
 
@@ -291,6 +291,8 @@ def report(pairs: list[Pair], verdicts: Verdicts, about: dict[str, Any], setting
 
 def main() -> None:
     file_a, file_b, settings = parse_command_line()
+    if not is_main():
+        return  # each question is asked, and paid for, once
     log = OUTPUT_DIR / f"{file_a.stem}_vs_{file_b.stem}.jsonl"
 
     pairs = draw(match(file_a, file_b), settings)

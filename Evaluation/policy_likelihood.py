@@ -5,21 +5,23 @@ where they are not known or mean something else to another policy; it then ends 
 """
 
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftConfig
+from sampled_kl import LogProbs
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
 
 from pargs.cli import fail
 from pargs.encoding import encode_responses
 from pargs.files import DECODE
-from pargs.models import Policy, encode_for_policy, load_policy, load_tokenizer
+from pargs.models import MODEL_ERRORS, Policy, encode_for_policy, load_policy, load_tokenizer
 from pargs.processes import join_processes, map_shared
 from pargs.runs import METHODS_FILE
-
-LogProbs = tuple[np.ndarray, np.ndarray]  # of a response's tokens: under a policy, and under its top-k
 
 
 class Pair(NamedTuple):
@@ -59,9 +61,22 @@ def why_encode_again(policy: Policy, responses: pd.DataFrame, writer: str | None
         return "their files hold no ids"
     if writer is None:
         return f"{METHODS_FILE} does not say whose ids they are"
+    if not is_here(writer):
+        return f"the policy that wrote them, {writer!r}, is not here"
     if policy.name != writer and vocabulary(policy.name) != vocabulary(writer):
         return f"{policy.name!r} has another vocabulary than the policy that wrote them"
     return None
+
+
+@cache
+def is_here(name: str) -> bool:
+    """Whether a policy can be had: a folder, or from the hub."""
+    kind = PeftConfig if Path(name, "adapter_config.json").exists() else AutoConfig
+    try:
+        kind.from_pretrained(name)
+    except MODEL_ERRORS:
+        return False
+    return True
 
 
 @cache

@@ -26,12 +26,11 @@ from reward_reading import SIDES, Pair, ask, encode_pair, read_rewards
 from statistics_table import bootstrap_interval, mcnemar, proportion
 
 from pargs.cli import fail, is_main, parse_settings, setting
-from pargs.files import MAKE_PAIRS, check_writable, read_dataset, write_whole
+from pargs.files import MAKE_PAIRS, TRAIN_PARTIAL, check_writable, read_dataset, write_whole
 from pargs.models import RewardModel, load_reward_model
 from pargs.processes import count_processes, join_processes
 
 PERCENTAGES = range(10, 101, 10)
-TRAIN = "python partial_reward_training/tldr_partial_reward_model.py"
 
 
 @dataclass
@@ -53,14 +52,14 @@ def read_pairs(settings: Settings) -> tuple[Dataset, str]:
     dataset, notes = read_dataset(settings.dataset, {"validation": ["prompt", *SIDES]}, MAKE_PAIRS)
     # In memory: `datasets` would leave a cache file in the artifact it reads.
     rows = dataset["validation"].shuffle(seed=settings.seed, keep_in_memory=True)
-    return rows, notes.get("template", "{post}")
+    return rows, notes["template"]
 
 
 def load_reward_models(settings: Settings) -> dict[str, RewardModel]:
     """Both models, which read `max_length` tokens at most."""
     hints = {
         "full": "name another with --full_reward_model",
-        "partial": f"make it with `{TRAIN}`, or name another with --partial_reward_model",
+        "partial": f"make it with `{TRAIN_PARTIAL}`, or name another with --partial_reward_model",
     }
     reward_models = {}
     for label, hint in hints.items():

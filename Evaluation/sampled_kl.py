@@ -98,6 +98,10 @@ def response_kl(run: Run, name: str, keys: pd.Index, policy: str | None, log_pro
     elif method.guide:
         log_q = [of_method for _, of_method in traced]
     else:
+        from policy_likelihood import is_here  # PyTorch is for those who ask for it
+
+        if not is_here(own_policy):
+            raise NoKL(f"its policy, {method.policy!r}, is not here")
         log_q = [of_top_k.sum() if len(of_top_k) else np.nan for _, of_top_k in log_probs(own_policy, name)]
     log_p = [each.sum() if len(each) else np.nan for each, _ in log_probs(policy, name)]
     return list(np.subtract(log_q, log_p))

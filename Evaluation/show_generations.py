@@ -17,7 +17,7 @@ import pandas as pd
 from run_files import Run, read_references, read_run, read_steps
 from statistics_table import readable_table
 
-from pargs.cli import SettingsParser, fail, setting
+from pargs.cli import SettingsParser, fail, is_main, setting
 from pargs.files import check_writable, write_text
 from pargs.runs import REFERENCE, Step
 
@@ -134,6 +134,8 @@ def fill_template(data: dict) -> str:
 
 def main() -> None:
     settings, directory = parse_command_line()
+    if not is_main():
+        return  # under a launcher one process is enough
     output = Path(settings.output)
     check_writable(output.parent)
 

@@ -70,7 +70,7 @@ class Settings:
         False, "Decode the methods anew; with other settings, delete all results first."
     )
     trace: bool = setting(False, "Keep every step's candidates and rewards.")
-    dtype: Precision = setting("auto", "Of the models; auto is float16 on a GPU and float32 on a CPU.")
+    dtype: Precision = setting("auto", "Of policies and guides; auto: float16 on a GPU, float32 on a CPU.")
     device_map: str | None = setting(None, "auto spreads a policy too large for one GPU over all of them.")
     fast_attention: bool = setting(True, "The attention of requirements-gpu.txt, for DeBERTa, if installed.")
     token_budget: NonNegativeInt = setting(0, "Tokens a reward model reads at once; 0 fits the device.")
@@ -133,6 +133,20 @@ def draw_uniforms(
 # Decoding
 
 
+def read_prompts(
+    policy: Policy, responses: list[Response], samples: int
+) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Read each prompt once for all its samples: logits [batch, vocabulary], mask [batch, longest], cache."""
+    prompt_ids = [response.prompt_ids for response in responses[::samples]]
+    input_ids, mask = left_pad(prompt_ids, policy.model.device)  # both [prompts, longest]
+    past_key_values = DynamicCache(config=policy.model.config)
+    logits = next_logits(policy, input_ids, mask, positions(mask), past_key_values)
+    if samples > 1:
+        past_key_values.batch_repeat_interleave(samples)
+        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    return logits, mask, past_key_values
+
+
 @torch.inference_mode()
 def decode_wave(
     name: str,
@@ -146,15 +160,8 @@ def decode_wave(
 
     Yields after each step the responses that ended with it; they leave the batch at once.
     """
-    device = policy.model.device
-    prompt_ids = [response.prompt_ids for response in responses[:: method.best_of]]
-    input_ids, mask = left_pad(prompt_ids, device)  # both [prompts, longest]
-    past_key_values = DynamicCache(config=policy.model.config)
-    logits = next_logits(policy, input_ids, mask, positions(mask), past_key_values)
-    if method.best_of > 1:
-        past_key_values.batch_repeat_interleave(method.best_of)
-        logits = logits.repeat_interleave(method.best_of, 0)  # [batch, vocabulary]
-        mask = mask.repeat_interleave(method.best_of, 0)  # [batch, longest]
+    logits, mask, past_key_values = read_prompts(policy, responses, method.best_of)
+    device = logits.device
     if guide:
         guide.begin(responses)
 
@@ -228,7 +235,7 @@ def decode_method(
     unwritten = progress.fill_in(responses, method.best_of) if progress else responses
 
     guide, token_bytes = None, cache_bytes(policy.model)
-    if method.guide and unwritten:
+    if method.guide:
         reward_model = get_reward_model(method.guide, settings)
         guide = choose_guide(reward_model, policy, template, limit, settings.k, unwritten)
         token_bytes += cache_bytes(reward_model.model) * isinstance(guide, CachedGuide)
@@ -249,6 +256,10 @@ def decode_method(
         except torch.OutOfMemoryError:
             fail("the GPU's memory is full; --cache_gb says how many prompts decode at once: lower it")
     return Decoded(policy, responses, unwritten)
+
+
+def evaluator_of(settings: Settings) -> str:
+    return settings.evaluation_reward_model or settings.full_reward_model
 
 
 def run_method(
@@ -282,10 +293,6 @@ def run_method(
     scored = score_responses(responses, evaluator, tokenizer, template, reserved, progress, name)
     steps = [response.steps for response in responses]
     return gather(scored), gather(steps), Cost.together(gather([cost]))
-
-
-def evaluator_of(settings: Settings) -> str:
-    return settings.evaluation_reward_model or settings.full_reward_model
 
 
 # The run

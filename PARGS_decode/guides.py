@@ -5,6 +5,8 @@ candidate: `RereadingGuide`. A causal model that shares the policy's tokenizer k
 and reads only the token just chosen and the k candidates of a step: `CachedGuide`.
 """
 
+from typing import Any
+
 import torch
 from responses import Response
 from torch.nn.utils.rnn import pad_sequence
@@ -13,6 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from pargs.cli import fail, warn
 from pargs.encoding import decode_texts, encode_prompts, eos_id
 from pargs.models import MODEL_ERRORS, Policy, RewardModel
+from pargs.processes import gather
 from pargs.scoring import (
     Continuation,
     base_model,
@@ -27,6 +30,10 @@ from pargs.scoring import (
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
+class CacheFault(Exception):
+    """A reward model cannot be asked with a key-value cache; the message says why."""
+
+
 def choose_guide(
     reward_model: RewardModel,
     policy: Policy,
@@ -35,13 +42,17 @@ def choose_guide(
     k: int,
     responses: list[Response],
 ) -> "RereadingGuide | CachedGuide":
-    """The guide that decodes `responses`: a cached one only where it gives the rewards of reading afresh."""
+    """The guide that decodes `responses`: a cached one only where it gives the rewards of reading afresh.
+
+    Every process calls this, and all take the same one.
+    """
     guide = make_guide(reward_model, policy, template, max_new_tokens)
     if not isinstance(guide, CachedGuide):
         return guide
 
     afresh = RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, guide.reserved)
-    fault = find_fault(guide, afresh, responses, max_new_tokens, k, len(policy.tokenizer))
+    fault = find_fault(guide, afresh, responses, max_new_tokens, k) if responses else None
+    fault = next(filter(None, gather([fault])), None)
     if not fault:
         return guide
     warn(f"{reward_model.name!r} cannot use a key-value cache ({fault}): every candidate is read afresh")
@@ -74,7 +85,6 @@ def find_fault(
     responses: list[Response],
     max_new_tokens: int,
     k: int,
-    vocabulary: int,
 ) -> str | None:
     """What is wrong with the cached rewards of the longest and the shortest prompt, or None.
 
@@ -85,12 +95,14 @@ def find_fault(
     asked = reward_model.calls, reward_model.tokens_read
     by_length = sorted(responses, key=lambda response: len(response.prompt_ids), reverse=True)
     probes = [Response(by_length[at].prompt, by_length[at].prompt_ids, 0) for at in (0, -1)]
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (2, max_new_tokens), generator=generator).tolist()
-    candidates = torch.randint(vocabulary, (2, k), generator=generator).to(reward_model.model.device)
 
-    afresh.begin(probes)
+    known = min(len(reward_model.tokenizer), embedding_size(reward_model))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(known, (2, max_new_tokens), generator=generator).tolist()
+    candidates = torch.randint(known, (2, k), generator=generator).to(reward_model.model.device)
+
     try:
+        afresh.begin(probes)
         cached.begin(probes)
         for length in sorted({0, max(0, max_new_tokens - 2), max_new_tokens - 1}):
             if length == max_new_tokens - 1 and length:  # the shorter one has ended
@@ -102,11 +114,17 @@ def find_fault(
             off = (cached.score(probes, candidates) - expected).abs().max().item()
             if not off <= TOLERANCES[reward_model.model.dtype] * (1 + expected.abs().max().item()):
                 return f"its rewards are {off:.3g} off after {length} tokens"
-    except MODEL_ERRORS as error:
-        return str(error) or type(error).__name__
+    except CacheFault as fault:
+        return str(fault)
     finally:
         reward_model.calls, reward_model.tokens_read = asked
     return None
+
+
+def embedding_size(reward_model: RewardModel) -> int:
+    """How many ids the model knows: a tokenizer may have more."""
+    embeddings: Any = reward_model.model.get_input_embeddings()
+    return embeddings.num_embeddings
 
 
 class RereadingGuide:
@@ -176,13 +194,7 @@ class CachedGuide:
 
         input_ids, self.mask = left_pad(fitted, model.model.device)  # both [batch, longest]
         self.past_key_values = DynamicCache(config=model.model.config)
-        base_model(model)(
-            input_ids,
-            attention_mask=self.mask,
-            position_ids=positions(self.mask),
-            past_key_values=self.past_key_values,
-            use_cache=True,
-        )
+        self.read(input_ids, self.mask, positions(self.mask))
         self.num_read = 0  # response tokens in the cache
 
     def keep(self, kept: list[int]) -> None:
@@ -206,18 +218,35 @@ class CachedGuide:
 
         seen = self.mask.sum(1, keepdim=True)  # [batch, 1]
         offsets = torch.arange(tokens.shape[1], device=device).clamp(max=num_new)
-        hidden = base_model(self.reward_model)(
-            tokens,
-            attention_mask=self.candidate_mask(num_new, k),
-            position_ids=seen + offsets,
-            past_key_values=self.past_key_values,
-            use_cache=True,
-        ).last_hidden_state  # [batch, new + k, hidden]
+        hidden = self.read(
+            tokens, self.candidate_mask(num_new, k), seen + offsets
+        )  # [batch, new + k, hidden]
 
         self.past_key_values.crop(-k)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(responses), num_new)], dim=1)
         self.num_read += num_new
         return score_head(self.reward_model)(hidden[:, num_new:]).squeeze(-1).float()
+
+    def read(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states of the tokens, which the cache takes in.
+
+        Raises:
+            CacheFault: the model's code is not made for such a mask or cache.
+        """
+        try:
+            return base_model(self.reward_model)(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=self.past_key_values,
+                use_cache=True,
+            ).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_ERRORS as error:
+            raise CacheFault(str(error) or type(error).__name__) from error
 
     def candidate_mask(self, num_new: int, k: int) -> torch.Tensor:
         """Additive mask [batch, 1, new + k, past + new + k]: a candidate sees the prefix and itself alone.

@@ -36,7 +36,7 @@ def load_prompts(
     if num_prompts:
         # In memory: `datasets` would leave a cache file in the artifact it reads.
         test = test.shuffle(seed=seed, keep_in_memory=True).select(range(min(num_prompts, len(test))))
-    return list(test["prompt"]), list(test["reference"]), notes.get("template", "{post}")
+    return list(test["prompt"]), list(test["reference"]), notes["template"]
 
 
 def read_own_prompts(path: str) -> tuple[list[str], list[str | None]]:

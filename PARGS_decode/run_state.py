@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
 
 from pargs.cli import fail, is_main
-from pargs.files import write_text
+from pargs.files import TRAIN_DPO, TRAIN_PARTIAL, write_text
 from pargs.models import load_config, loading
 from pargs.runs import (
     METHODS_FILE,
@@ -23,15 +23,14 @@ from pargs.runs import (
     Method,
     MethodRecord,
     generation_path,
-    read_methods,
     trace_path,
     write_methods,
 )
 
 SETTINGS_FILE = Path("decoding_settings.json")
 MADE_BY = {
-    "partial_reward_modeling_tldr": "python partial_reward_training/tldr_partial_reward_model.py",
-    "GPT2_large_tldr_DPO": "python DPO_training/GPT2_large_DPO_tldr.py",
+    "partial_reward_modeling_tldr": TRAIN_PARTIAL,
+    "GPT2_large_tldr_DPO": TRAIN_DPO,
 }
 
 
@@ -163,6 +162,14 @@ def read_results(method: str, prompts: list[str]) -> list[Generation] | None:
     return rows if [row.prompt for row in rows] == prompts else None
 
 
+def known_methods() -> dict[str, MethodRecord]:
+    """What methods.json says of the methods here; a damaged one counts as not written, like results."""
+    try:
+        return TypeAdapter(dict[str, MethodRecord]).validate_json(Path(METHODS_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return {}
+
+
 def methods_left(methods: list[str], traced: set[str], prompts: list[str]) -> list[str]:
     """The methods that an earlier launch did not finish; those `traced` need their trace.
 
@@ -171,7 +178,7 @@ def methods_left(methods: list[str], traced: set[str], prompts: list[str]) -> li
     left = []
     for method in methods if is_main() else ():
         lacks_trace = method in traced and not trace_path(method).exists()
-        if lacks_trace or method not in read_methods() or read_results(method, prompts) is None:
+        if lacks_trace or method not in known_methods() or read_results(method, prompts) is None:
             left.append(method)
             continue
         print(f"{method}: done before, see {generation_path(method)}")
@@ -192,7 +199,7 @@ def save_method(
         traces = [{"prompt": row.prompt, "steps": own} for row, own in zip(generations, steps, strict=True)]
         lines = "".join(json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces)
         write_text(trace_path(method), lines)
-    records = read_methods() | {method: record}
+    records = known_methods() | {method: record}
     write_methods({name: records[name] for name in (*order, *records) if name in records})
 
     rows = ",\n".join(json.dumps(row.model_dump(), ensure_ascii=False) for row in generations)
@@ -203,7 +210,7 @@ def collect_rewards(methods: list[str], prompts: list[str], references: list[flo
     """One row a prompt; a column for each of `methods` whose results are here, and the references'."""
     table = pd.DataFrame({"prompt": prompts})
     for method in methods:
-        results = read_results(method, prompts)
+        results = read_results(method, prompts) if method in known_methods() else None
         if results is not None:
             table[method] = [row.reward for row in results]
     table[REFERENCE] = references

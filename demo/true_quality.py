@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from quality import WEIGHTS, true_quality
 
-from pargs.cli import fail, parse_settings, setting
+from pargs.cli import fail, is_main, parse_settings, setting
 from pargs.files import DECODE, MAKE_PAIRS, read_dataset, write_whole
 from pargs.runs import REFERENCE, REWARDS, generation_path, read_generations, read_rewards
 
@@ -91,6 +91,8 @@ def mean_quality(
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
+    if not is_main():
+        return  # under a launcher one process is enough
     facts = read_facts(settings.facts)
     rewards = read_rewards(Path(settings.rewards))
     prompts = list(rewards["prompt"])

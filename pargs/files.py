@@ -14,6 +14,8 @@ from pargs.cli import fail
 NOTES = "processing.json"
 MAKE_PAIRS = "python DataProcess/tldr_data_process.py"
 MAKE_PREFIXES = "python DataProcess/tldr_data_process_partial.py"
+TRAIN_PARTIAL = "python partial_reward_training/tldr_partial_reward_model.py"
+TRAIN_DPO = "python DPO_training/GPT2_large_DPO_tldr.py"
 DECODE = "python PARGS_decode/PARGS_baselines.py"
 
 # What `datasets` and Arrow raise on files that are missing, cut short or foreign.
@@ -30,27 +32,35 @@ def read_dataset(
     """
     try:
         dataset = load_from_disk(str(path))
-        for split, names in columns.items():
-            for name in names:
-                check_column(dataset[split], split, name, text)
     except DATASET_ERRORS as error:
         fail_to_read(path, error, made_by)
+    for split, names in columns.items():
+        if not isinstance(dataset, DatasetDict) or split not in dataset:
+            fail_to_read(path, f"it has no split {split!r}", made_by)
+        for name in names:
+            if fault := column_fault(dataset[split], name, text):
+                fail_to_read(path, f"column {name!r} of split {split!r} {fault}", made_by)
     return dataset, read_notes(path, made_by)
 
 
-def check_column(rows: Dataset, split: str, name: str, text: bool) -> None:
-    """Raises ValueError where a column is missing, damaged or not `text`, or has an empty cell."""
+def column_fault(rows: Dataset, name: str, text: bool) -> str | None:
+    """Why a column cannot be read as whole cells (of `text`), or None."""
     if name not in rows.features:
-        raise ValueError(f"split {split!r} has no column {name!r}")
+        return "is missing"
     if text and getattr(rows.features[name], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"column {name!r} of split {split!r} is not text")
-    if rows.data[name].null_count:
-        raise ValueError(f"column {name!r} of split {split!r} has an empty cell")
-    rows.data[name].validate(full=True)  # a damaged file may still have the shape of one
+        return "is not text"
+    column = rows.data[name]
+    if column.null_count:
+        return "has an empty cell"
+    try:
+        column.validate(full=True)  # a damaged file may still have the shape of one
+    except (OSError, ValueError) as error:
+        return f"is damaged: {error}"
+    return None
 
 
 def read_notes(path: str | Path, made_by: str) -> dict:
-    """What stage 1 noted beside a dataset; nothing where there are no notes."""
+    """What stage 1 noted beside a dataset; without notes the template is "{post}", the prompt itself."""
     notes = Path(path, NOTES)
     try:
         found = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
@@ -58,16 +68,17 @@ def read_notes(path: str | Path, made_by: str) -> dict:
             raise ValueError(f"{NOTES} is not what a data script writes")
     except (OSError, ValueError) as error:
         fail_to_read(path, error, made_by)
-    return found
+    return {"template": "{post}"} | found
 
 
 def read_template(path: str | Path) -> str:
     """The template that a dataset's prompts were built from; "{post}" where it is not known."""
-    return read_notes(path, MAKE_PAIRS).get("template", "{post}")
+    return read_notes(path, MAKE_PAIRS)["template"]
 
 
-def fail_to_read(path: str | Path, error: Exception, made_by: str) -> NoReturn:
-    fail(f"cannot read the dataset {str(path)!r} ({type(error).__name__}: {error}); make it with `{made_by}`")
+def fail_to_read(path: str | Path, error: Exception | str, made_by: str) -> NoReturn:
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    fail(f"cannot read the dataset {str(path)!r} ({reason}); make it with `{made_by}`")
 
 
 def check_writable(directory: Path) -> None:

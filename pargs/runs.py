@@ -36,6 +36,13 @@ class Method(BaseModel, frozen=True):
     best_of: PositiveInt = 1  # samples, of which `chooser` keeps the best
     chooser: str | None = None
 
+    @model_validator(mode="after")
+    def check_parts(self) -> Self:
+        """Samples need somebody to choose among them, and a weight needs a guide."""
+        if (self.best_of > 1 and not self.chooser) or (self.weight and not self.guide):
+            raise ValueError("best_of needs a chooser, and weight a guide")
+        return self
+
     @property
     def models(self) -> list[str]:
         """The policy and the reward models that it needs."""
@@ -43,7 +50,10 @@ class Method(BaseModel, frozen=True):
 
 
 class Cost(BaseModel):
-    """What it took to decode `responses` responses in one launch; those of an earlier one are not in it."""
+    """What the last launch spent: on the `responses` that it wrote, and on choosing among all samples.
+
+    What an earlier launch had finished is not written again, and not in it.
+    """
 
     responses: NonNegativeInt  # delivered or not: best-of-n writes n for a prompt
     seconds: float

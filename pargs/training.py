@@ -96,9 +96,9 @@ def settle_checkpointing(settings: Any, model_class: Any) -> None:
     """Switch gradient checkpointing off where the model's class has none. Changes `settings` in place."""
     if settings.gradient_checkpointing and not getattr(model_class, "supports_gradient_checkpointing", True):
         warn(f"--gradient_checkpointing is switched off: {model_class.__name__} has none")
-        settings.gradient_checkpointing = settings.activation_checkpointing = (
-            False  # two names of one setting
-        )
+        # Two names of one setting.
+        settings.gradient_checkpointing = False
+        settings.activation_checkpointing = False
 
 
 def settle_logging(settings: Any) -> None:

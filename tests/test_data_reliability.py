@@ -224,7 +224,7 @@ def test_damaged_parquet_and_arrow_are_refused(here, call_main, kept):
 
 def test_pairs_of_wrong_columns_or_notes_are_refused(here, call_main):
     for row, said in (
-        ({"prompt": "POST: a\nTL;DR:", "chosen": " b"}, "split 'train' has no column 'rejected'"),
+        ({"prompt": "POST: a\nTL;DR:", "chosen": " b"}, "column 'rejected' of split 'train' is missing"),
         (PAIR | {"chosen": 3}, "column 'chosen' of split 'train' is not text"),
         (PAIR | {"rejected": [" b"]}, "column 'rejected' of split 'train' is not text"),
         (PAIR | {"chosen": None}, "column 'chosen' of split 'train' has an empty cell"),

@@ -16,12 +16,16 @@ import PARGS_baselines
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, assert_one_error, make_posts, save, write_prompts
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
+from run_state import collect_rewards, methods_left, save_method
 from small_disk import small_disk  # noqa: F401
 from small_runs import write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
+
+from pargs.runs import Cost, Generation, Method, MethodRecord, write_methods
 
 SCRIPT = "PARGS_decode/PARGS_baselines.py"
 METHODS = ["ARGS", "PARGS", "BESTN", "TOP-K"]
@@ -220,6 +224,28 @@ def test_a_finished_method_is_left_alone_until_overwrite(flags, whole, tmp_path)
     path.write_text(json.dumps(altered))
     assert run(SCRIPT, [*flags, "--overwrite"], directory)[0] == 0
     assert_same_files(directory, whole, costs=True)
+
+    (directory / "methods.json").write_text("{")  # nor is one of which nothing is known
+    status, output = run(SCRIPT, flags, directory)
+    assert status == 0 and "done before" not in output
+    assert_same_files(directory, whole)
+
+
+def test_results_without_a_record_are_in_no_table(tmp_path, monkeypatch):
+    """They are of an older version, or of models that nobody can tell from those of today."""
+    monkeypatch.chdir(tmp_path)
+    rows = [Generation(prompt="p", result=" r", reward=1.0, num_tokens=1, finish_reason="length")]
+    cost = Cost(responses=1, seconds=1, tokens=1, reward_calls=0, reward_tokens=0)
+    method = Method(policy="base")
+    record = MethodRecord(method=method, k=5, max_new_tokens=8, reference_policy="base", cost=cost)
+    for name in ("ARGS", "TOP-K"):
+        save_method(name, rows, None, record, ["ARGS", "TOP-K"])
+    assert list(collect_rewards(["ARGS", "TOP-K"], ["p"], [None])) == ["prompt", "ARGS", "TOP-K", "reference"]
+
+    write_methods({"TOP-K": record})
+    assert list(collect_rewards(["ARGS", "TOP-K"], ["p"], [None])) == ["prompt", "TOP-K", "reference"]
+    PartialState(cpu=True)
+    assert methods_left(["ARGS", "TOP-K"], set(), ["p"]) == ["ARGS"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, STAGES
+from forked import run
 
 PACKAGE, DEMO = "pargs", "demo"
 MODULES = {
@@ -48,3 +49,17 @@ def test_helpers_have_names_of_their_own():
 def test_nothing_edits_the_module_search_path(folder):
     for path in (ROOT / folder).glob("*.py"):
         assert "sys.path" not in path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("Evaluation/show_generations.py", []),
+        ("Evaluation/GPT4_eval_tldr.py", ["generation_pargs.json", "generation_args.json"]),
+        ("demo/true_quality.py", []),
+    ],
+)
+def test_what_one_process_does_the_others_leave_to_it(script, arguments, tmp_path):
+    """There is nothing here to read: a process that did its work would say so."""
+    assert run(script, arguments, tmp_path, RANK="1", WORLD_SIZE="2") == (0, "")

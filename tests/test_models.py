@@ -6,18 +6,21 @@ from pathlib import Path
 import PARGS_baselines
 import pytest
 import torch
-from conftest import make_posts, save, write_prompts
+from conftest import assert_one_error, make_posts, save, write_prompts
 from final_rewards import score_responses
-from guides import RereadingGuide
+from guides import CachedGuide, RereadingGuide, choose_guide
 from PARGS_baselines import run_method
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from reference import Reference
-from responses import Response
+from responses import Response, begin_responses
 from run_models import get_evaluator, get_policy, get_reward_model
 from safetensors.torch import load_file, save_file
 from test_decoding import TEMPLATE, decode, make_settings
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,14 +30,51 @@ from transformers import (
 )
 
 from pargs.encoding import decode_texts, encode_texts
-from pargs.models import load_reward_model, longest_input, warn_of_unused_separator
-from pargs.runs import REWARDS, read_rewards
+from pargs.models import load_policy, load_reward_model, longest_input, warn_of_unused_separator
+from pargs.runs import REWARDS, Method, read_rewards
 from pargs.scoring import fit_pair
 
 CPU = torch.device("cpu")
 
 
 # Weights
+
+
+def test_an_adapter_whose_base_has_moved_ends_in_one_message(small_models, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(small_models["gpt2"])
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(small_models["gpt2"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    moved = config | {"base_model_name_or_path": str(tmp_path / "moved")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(moved))
+    with pytest.raises(SystemExit) as stopped:
+        load_policy(str(tmp_path), torch.float32, CPU)
+    assert_one_error(stopped.value.code, capsys.readouterr().err, "cannot load the policy", "moved")
+
+
+def test_a_tokenizer_with_more_ids_than_the_reward_model_keeps_its_cache(small_models, prompts, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small_models["gpt2"])
+    tokenizer.add_tokens([f"<extra{at}>" for at in range(500)])
+    reward_model = AutoModelForSequenceClassification.from_pretrained(small_models["gpt2-reward"])
+    policy = AutoModelForCausalLM.from_pretrained(small_models["gpt2"])
+    settings = make_settings(
+        {
+            "policy": save(policy, tokenizer, tmp_path / "policy"),
+            "reward": save(reward_model, tokenizer, tmp_path / "reward"),
+        },
+        "policy",
+        "reward",
+    )
+    own = get_policy(settings.policy, settings)
+    responses = begin_responses(own, prompts, TEMPLATE, 1, 8, "ARGS")
+    guide = get_reward_model(settings.partial_reward_model, settings)
+    assert isinstance(choose_guide(guide, own, TEMPLATE, 8, 5, responses), CachedGuide)
+
+
+@pytest.mark.parametrize("parts", [{"best_of": 3}, {"weight": 1.0}])
+def test_a_method_has_all_its_parts(parts):
+    with pytest.raises(ValidationError, match="best_of needs a chooser, and weight a guide"):
+        Method(policy="base", **parts)
 
 
 @pytest.fixture

@@ -385,7 +385,10 @@ def write_run(directory: Path, policy: Policy, prompts: list[str], k: int = 5, l
     write_rewards(directory, prompts, TOP_K=range(len(prompts)), BESTN=range(len(prompts)))
     for method in ("TOP-K", "BESTN"):
         write_generations(directory, method, texts, prompts, ids=written, finish_reason="eos", num_tokens=3)
-    methods = {"TOP_K": Method(policy=policy.name), "BESTN": Method(policy=policy.name, best_of=3)}
+    methods = {
+        "TOP_K": Method(policy=policy.name),
+        "BESTN": Method(policy=policy.name, best_of=3, chooser="full"),
+    }
     write_records(directory, policy.name, k=k, max_new_tokens=limit, **methods)
     return list(zip(prompt_ids, written, strict=True))
 
@@ -573,6 +576,11 @@ def test_likelihood_and_kl_under_a_policy(tmp_path, report, small_models):
     assert (
         np.isnan(kl["PARGS"]) and "run: no KL for PARGS: it takes the trace that `--trace` keeps" in printed
     )
+
+    shutil.rmtree(tmp_path / "run/tuned")  # what can still be measured is
+    table, printed = report("run", "--policy", base)
+    assert np.isnan(table.loc["DPO", "sampled_kl"]) and table.loc["ARGS", "sampled_kl"] == kl["ARGS"]
+    assert "run: no KL for DPO: its policy, 'tuned', is not here" in printed
 
     # A text outside the top-k was not sampled with these tokens: named, not averaged.
     write_records(tmp_path / "run", base, k=1, **methods)
