@@ -341,7 +341,7 @@ def main() -> None:
     for split, count in (("train", settings.train_pairs), ("validation", settings.validation_pairs)):
         rng = random.Random(f"{split} {settings.seed}")
         rows[split] = []
-        for index in tqdm(range(count), desc=f"{split} comparisons"):
+        for index in tqdm(range(count), desc=f"{split} comparisons", disable=None):
             row, row_facts = draw_comparison(rng, split, index, settings.label_noise)
             rows[split].append(row)
             if split == "validation":

@@ -113,7 +113,7 @@ def draw_rows(split: str, count: int, seed: int) -> list[dict]:
     """Comparisons as {prompt, chosen, rejected, facts}. Here no label is turned around."""
     rng = random.Random(f"models {split} {seed}")
     rows = []
-    for index in tqdm(range(count), desc=f"{split} stories"):
+    for index in tqdm(range(count), desc=f"{split} stories", disable=None):
         row, facts = draw_comparison(rng, split, index, label_noise=0.0)
         texts = [summary["text"] for summary in row["summaries"]]
         post = row["info"]["post"]
@@ -342,7 +342,7 @@ def sample(summariser: Loaded, prompts: list[str], k: int = 10) -> list[str]:
     """One top-k sample for each prompt, at most 64 tokens."""
     policy, tokenizer = summariser
     responses = []
-    for prompt in tqdm(prompts, desc="samples"):
+    for prompt in tqdm(prompts, desc="samples", disable=None):
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = policy.generate(
             **inputs, do_sample=True, top_k=k, max_new_tokens=64, pad_token_id=tokenizer.eos_token_id
