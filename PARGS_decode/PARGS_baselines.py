@@ -46,7 +46,9 @@ class Settings:
     methods: list[str] = setting([], "Which to run, e.g. --methods ARGS PARGS-G; all of them if not given.")
 
     policy: str = setting("vistagi/gpt2-large-tldr-sum", "The reference policy (SFT model).")
-    full_reward_model: str = setting("OpenAssistant/reward-model-deberta-v3-large", "Guides ARGS.")
+    full_reward_model: str = setting(
+        "OpenAssistant/reward-model-deberta-v3-large", "Of full texts: guides ARGS, picks for BESTN, scores."
+    )
     partial_reward_model: str = setting("partial_reward_modeling_tldr", "Of prefixes: guides PARGS.")
     evaluation_reward_model: str | None = setting(
         None, "Scores what is finished; else the full reward model."
