@@ -25,7 +25,7 @@ from httpx import HTTPError
 from yaml import YAMLError
 
 from pargs.cli import fail, is_main, parse_settings, setting
-from pargs.encoding import TEMPLATE_FIELDS, template_words
+from pargs.encoding import TEMPLATE_FIELDS, read_fields, template_words
 from pargs.files import DATASET_ERRORS
 from pargs.processes import hide_bars_in_logs
 
@@ -171,8 +171,7 @@ def format_prompt(values: dict[str, str | None], template: str) -> tuple[str, st
     words = template_words(template)
     prompt = words[0] + "".join(chain.from_iterable(zip(texts.values(), words[1:], strict=True)))
     # A value that spells the words behind it: the template's special tokens would be looked for inside of it.
-    found = re.fullmatch("(.*?)".join(map(re.escape, words)), prompt, re.DOTALL)
-    if found is None or found.groups() != tuple(texts.values()):
+    if read_fields(prompt, template) != tuple(texts.values()):
         return "", "ambiguous prompt"
     return prompt, ""
 

@@ -24,10 +24,8 @@ from pargs.cli import fail, is_main, parse_settings, setting
 from pargs.encoding import encode_prompts
 from pargs.files import MAKE_PAIRS, read_dataset
 from pargs.models import check_eos, is_causal, load_config, load_tokenizer, longest_input
-from pargs.prefixes import PairFrame, encode_with_prefixes, make_frame
+from pargs.prefixes import SIDES, PairFrame, encode_with_prefixes, make_frame
 from pargs.processes import hide_bars_in_logs
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclass

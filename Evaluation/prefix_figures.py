@@ -14,7 +14,7 @@ from pargs.models import RewardModel
 from pargs.prefixes import EncodedResponse
 
 MODELS = {"full": PALETTE[0], "partial": PALETTE[2]}
-SIDES = {"chosen": "#3a9d78", "rejected": "#c8553d"}
+SIDE_COLOURS = {"chosen": "#3a9d78", "rejected": "#c8553d"}
 READABLE = 32  # tokens whose words still fit along an axis
 PROMPT_CHARACTERS = 170
 
@@ -96,8 +96,10 @@ def draw_token_rewards(
             axes.set_ylabel("reward")
             axes.set_ylim(*reward_range(curves[label]))
 
-    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in SIDES.values()]
-    figure.legend(handles, [f"{side} response" for side in SIDES], frameon=False, loc="upper right", ncols=2)
+    handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in SIDE_COLOURS.values()]
+    figure.legend(
+        handles, [f"{side} response" for side in SIDE_COLOURS], frameon=False, loc="upper right", ncols=2
+    )
     return figure
 
 
@@ -110,7 +112,7 @@ def reward_range(curves: list[dict[str, list[float]]]) -> tuple[float, float]:
 
 def draw_curves(axes: Axes, pair: Pair, curves: dict[str, list[float]], reward_model: RewardModel) -> None:
     """Both responses over their tokens; the words of the chosen one above, of the rejected one below."""
-    for side, colour in SIDES.items():
+    for side, colour in SIDE_COLOURS.items():
         rewards = curves[side]
         axes.plot(range(1, len(rewards) + 1), rewards, "o-", color=colour, markersize=3.5, linewidth=1.6)
         axes.plot(
@@ -126,7 +128,7 @@ def draw_curves(axes: Axes, pair: Pair, curves: dict[str, list[float]], reward_m
     above = axes.secondary_xaxis("top")
     for axis, side in ((above, "chosen"), (axes, "rejected")):
         labels = words(reward_model, pair.sides[side])
-        axis.set_xticks(range(1, len(labels) + 1), labels, fontsize=7.5, color=SIDES[side])
+        axis.set_xticks(range(1, len(labels) + 1), labels, fontsize=7.5, color=SIDE_COLOURS[side])
         for tick in axis.get_xticklabels():
             tick.set(rotation=60, rotation_mode="anchor", ha="left" if axis is above else "right")
             tick.set_parse_math(False)  # a $ is a dollar

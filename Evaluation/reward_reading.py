@@ -9,11 +9,9 @@ import torch
 from pargs.cli import fail
 from pargs.encoding import encode_prompts
 from pargs.models import RewardModel
-from pargs.prefixes import EncodedResponse, encode_with_prefixes
+from pargs.prefixes import SIDES, EncodedResponse, encode_with_prefixes
 from pargs.processes import map_shared
 from pargs.scoring import micro_batch_size, token_rewards
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclass

@@ -323,10 +323,10 @@ def main() -> None:
     )
     methods = {name: METHODS[name](settings) for name in settings.methods or METHODS}
     models = check_models(methods, evaluator_of(settings), vars(settings))
-    if any(method.policy == settings.policy for method in methods.values()):
-        warn_of_unused_separator(settings.policy, load_tokenizer(settings.policy), template)
     matter = settings_that_matter(settings) | {"prompts_digest": digest(prompts)}
     if is_main():
+        if any(method.policy == settings.policy for method in methods.values()):
+            warn_of_unused_separator(settings.policy, load_tokenizer(settings.policy), template)
         claim_directory(matter, models, list(methods), settings.overwrite)
 
     dtype = str(choose_dtype(settings.dtype, join_processes().device))

@@ -9,7 +9,6 @@ import pandas as pd
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig
 from progress import progress_files
-from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedConfig
 
 from pargs.cli import fail, is_main
@@ -23,6 +22,7 @@ from pargs.runs import (
     Method,
     MethodRecord,
     generation_path,
+    read_if_whole,
     trace_path,
     write_methods,
 )
@@ -154,20 +154,13 @@ def files_of(methods: list[str]) -> set[str]:
 
 def read_results(method: str, prompts: list[str]) -> list[Generation] | None:
     """The results of `method` in this directory; None where there are none for these prompts."""
-    try:
-        content = generation_path(method).read_bytes()
-        rows = TypeAdapter(list[Generation]).validate_json(content)
-    except (OSError, ValidationError):
-        return None
-    return rows if [row.prompt for row in rows] == prompts else None
+    rows = read_if_whole(list[Generation], generation_path(method))
+    return rows if rows is not None and [row.prompt for row in rows] == prompts else None
 
 
 def known_methods() -> dict[str, MethodRecord]:
     """What methods.json says of the methods here; a damaged one counts as not written, like results."""
-    try:
-        return TypeAdapter(dict[str, MethodRecord]).validate_json(Path(METHODS_FILE).read_bytes())
-    except (OSError, ValidationError):
-        return {}
+    return read_if_whole(dict[str, MethodRecord], Path(METHODS_FILE)) or {}
 
 
 def methods_left(methods: list[str], traced: set[str], prompts: list[str]) -> list[str]:
@@ -175,10 +168,10 @@ def methods_left(methods: list[str], traced: set[str], prompts: list[str]) -> li
 
     As the main process sees it: machines need not share a disk.
     """
-    left = []
+    left, known = [], known_methods()
     for method in methods if is_main() else ():
         lacks_trace = method in traced and not trace_path(method).exists()
-        if lacks_trace or method not in known_methods() or read_results(method, prompts) is None:
+        if lacks_trace or method not in known or read_results(method, prompts) is None:
             left.append(method)
             continue
         print(f"{method}: done before, see {generation_path(method)}")
@@ -208,9 +201,9 @@ def save_method(
 
 def collect_rewards(methods: list[str], prompts: list[str], references: list[float | None]) -> pd.DataFrame:
     """One row a prompt; a column for each of `methods` whose results are here, and the references'."""
-    table = pd.DataFrame({"prompt": prompts})
+    table, known = pd.DataFrame({"prompt": prompts}), known_methods()
     for method in methods:
-        results = read_results(method, prompts) if method in known_methods() else None
+        results = read_results(method, prompts) if method in known else None
         if results is not None:
             table[method] = [row.reward for row in results]
     table[REFERENCE] = references

@@ -5,7 +5,7 @@ prompt template itself are live.
 """
 
 import re
-from functools import partial
+from functools import lru_cache
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
@@ -70,17 +70,23 @@ def live_pieces(tokenizer: PreTrainedTokenizerFast, prompt: str, template: str) 
     special = "|".join(map(re.escape, tokenizer.all_special_tokens))
     if not special or not any(re.search(special, words) for words in own_words):
         return [prompt]
-    filled = re.fullmatch("(.*?)".join(map(re.escape, own_words)), prompt, re.DOTALL)
-    if filled is None:
+    values = read_fields(prompt, template)
+    if values is None:
         return [prompt]
 
     pieces = [""]
-    for words, value in zip(own_words, (*filled.groups(), ""), strict=True):
+    for words, value in zip(own_words, (*values, ""), strict=True):
         first, *others = re.split(f"({special})", words)
         pieces[-1] += first
         pieces += others
         pieces[-1] += value
     return pieces
+
+
+def read_fields(prompt: str, template: str) -> tuple[str, ...] | None:
+    """What stands in the fields of a filled template, each as short as can be; None where it does not fit."""
+    filled = re.fullmatch("(.*?)".join(map(re.escape, template_words(template))), prompt, re.DOTALL)
+    return filled and filled.groups()
 
 
 def template_words(template: str) -> list[str]:
@@ -121,9 +127,18 @@ def decode_texts(tokenizer: PreTrainedTokenizerFast, sequences: list[list[int]])
     Decoders of SentencePiece's kind drop the space that a text begins with, so theirs are decoded behind a
     word, which is then taken off.
     """
-    decode = partial(tokenizer.backend_tokenizer.decode_batch, skip_special_tokens=True)
-    (word, two_words) = encode_texts(tokenizer, ["a", "a a"])
-    if decode([two_words[len(word) :]]) == [" a"]:
-        return decode(sequences)
-    (before,) = decode([word])
-    return [text[len(before) :] for text in decode([word + ids for ids in sequences])]
+    word, before = word_before(tokenizer)
+    texts = decode_as_they_are(tokenizer, [word + ids for ids in sequences])
+    return [text[len(before) :] for text in texts]
+
+
+@lru_cache(maxsize=8)
+def word_before(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], str]:
+    """Ids and text of the word that others are decoded behind; empty where a leading space is kept anyway."""
+    word, two_words = encode_texts(tokenizer, ["a", "a a"])
+    before, after = decode_as_they_are(tokenizer, [word, two_words[len(word) :]])
+    return ([], "") if after == " a" else (word, before)
+
+
+def decode_as_they_are(tokenizer: PreTrainedTokenizerFast, sequences: list[list[int]]) -> list[str]:
+    return tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=True)

@@ -179,11 +179,8 @@ def load_reward_model(
         fail(f"{name!r} is no trained reward model: it is a {(config.architectures or ['nameless'])[0]}")
     check_one_label(name, config)
 
-    warn_of_pickle(name)
-    with loading(f"the weights of the reward model {name!r}", hint):
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
-        )
+    what = f"the weights of the reward model {name!r}"
+    model, found = load_weights(AutoModelForSequenceClassification, name, what, hint, dtype=dtype)
     if found["missing_keys"]:
         fail(f"{name!r} is no trained reward model: it has no weights for {sorted(found['missing_keys'])}")
     causal = is_causal(config)
@@ -199,6 +196,15 @@ def load_reward_model(
         max_length=longest_input(config, tokenizer),
         token_budget=token_budget,
     )
+
+
+def load_weights(
+    kind: Any, name: str, what: str, hint: str = "", **options: Any
+) -> tuple[Any, dict[str, set[str]]]:
+    """A model of the automatic class `kind`, and which of its weights were missing or unexpected."""
+    warn_of_pickle(name)
+    with loading(what, hint):
+        return kind.from_pretrained(name, output_loading_info=True, **options)
 
 
 @lru_cache(maxsize=1)
@@ -259,12 +265,8 @@ def warn_of_unused_separator(name: str, tokenizer: PreTrainedTokenizerFast, temp
 
 def load_language_model(name: str, dtype: torch.dtype, spread: dict[str, Any]) -> Any:
     """A causal language model, all of whose weights are in its files; what is there beside them is said."""
-    warn_of_pickle(name)
-    with loading(f"the policy {name!r}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **spread
-        )
-    model, found = loaded
+    what = f"the policy {name!r}"
+    model, found = load_weights(AutoModelForCausalLM, name, what, dtype=dtype, **spread)
     if found["missing_keys"]:
         fail(f"{name!r} is no whole policy: it has no weights for {first_few(found['missing_keys'])}")
     if found["unexpected_keys"]:

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pargs.encoding import encode_responses, encode_texts, eos_id, start_ids
 
+SIDES = ("chosen", "rejected")  # of a comparison
+
 
 @dataclass
 class PairFrame:

@@ -151,6 +151,14 @@ def parse_json(kind: type[T], content: bytes, where: str) -> T:
         fail(f"{where} is not what decoding writes ({at}: {first['msg']}); make it again with `{DECODE}`")
 
 
+def read_if_whole(kind: type[T], path: Path) -> T | None:
+    """JSON of a file as `kind`; None where it is missing, cut short or foreign."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()

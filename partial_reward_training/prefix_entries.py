@@ -9,9 +9,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pargs.prefixes import EncodedResponse, PairFrame
-
-SIDES = ("chosen", "rejected")
+from pargs.prefixes import SIDES, EncodedResponse, PairFrame
 
 
 def expand_entries(
