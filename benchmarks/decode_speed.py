@@ -245,7 +245,9 @@ def decode_fast(
     """Greedy guided responses, or sampled ones without a guide, by the path that PARGS_baselines.py takes."""
     limit = settings.new_tokens
     method = (
-        Method(policy=policy.name, weight=1.0, greedy=True) if reward_model else Method(policy=policy.name)
+        Method(policy=policy.name, guide=reward_model.name, weight=1.0, greedy=True)
+        if reward_model
+        else Method(policy=policy.name)
     )
     guide = make_guide(reward_model, policy, TEMPLATE, limit) if reward_model else None
     token_bytes = cache_bytes(policy.model)
