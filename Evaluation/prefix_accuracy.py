@@ -19,17 +19,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from figures import save_figure
 from prefix_figures import READABLE, draw_accuracy, draw_token_rewards
 from pydantic import NonNegativeInt, PositiveInt
 from reward_reading import Pair, ask, encode_pair, read_rewards
-from statistics_table import bootstrap_interval, mcnemar, proportion
 
 from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.figures import save_figure
 from pargs.files import MAKE_PAIRS, TRAIN_PARTIAL, check_writable, read_dataset, write_whole
 from pargs.models import RewardModel, load_reward_model
 from pargs.prefixes import SIDES
 from pargs.processes import count_processes, join_processes
+from pargs.statistics import bootstrap_interval, mcnemar, proportion
 
 PERCENTAGES = range(10, 101, 10)
 

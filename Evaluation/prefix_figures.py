@@ -3,13 +3,13 @@
 from textwrap import shorten
 
 import pandas as pd
-from figures import EDGE, GREY, PALETTE, style_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from reward_reading import Pair
 
+from pargs.figures import EDGE, GREY, PALETTE, style_axes
 from pargs.models import RewardModel
 from pargs.prefixes import EncodedResponse
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pandas as pd
-from figures import EDGE, GREY, PALETTE, style_axes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from statistics_table import per_prompt, run_means
 
+from pargs.figures import EDGE, GREY, PALETTE, style_axes
 from pargs.runs import REFERENCE
 
 

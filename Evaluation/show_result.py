@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from figures import save_figure
 from pydantic import NonNegativeInt, PositiveInt
 from response_measures import measure_responses
 from reward_figure import draw_figure
@@ -25,6 +24,7 @@ from run_files import Run, read_run
 from statistics_table import count_folded, readable_table, summarise
 
 from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.figures import save_figure
 from pargs.files import check_writable, write_text, write_whole
 from pargs.runs import REFERENCE, REWARDS
 

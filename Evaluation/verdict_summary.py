@@ -4,7 +4,8 @@ from collections import Counter
 from typing import Any
 
 from judge import Verdict
-from statistics_table import proportion
+
+from pargs.statistics import proportion
 
 LABELS = {
     "win": "A wins",

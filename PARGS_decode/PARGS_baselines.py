@@ -1,7 +1,7 @@
-"""Decode the test prompts with every method: ARGS, PARGS-G, PARGS, BESTN, TOP-K, DPO and PPO.
+"""Decode the test prompts with every method: ARGS, PARGS-G, PARGS, BESTN, TOP-K, GREEDY, DPO and PPO.
 
 Reads   summarize_from_feedback/ (split `test`), the policies and the reward models.
-Writes  generation_{args,pargs,pargs_g,bestn,top_k,dpo,ppo}.json and baseline_results.csv, which holds the
+Writes  generation_{args,pargs,pargs_g,bestn,...}.json and baseline_results.csv, which holds the
         evaluation reward model's score of each finished response; methods.json, what each method was and
         what it cost; with --trace also trace_*.jsonl.
 
@@ -38,7 +38,7 @@ from pargs.cli import fail, is_main, parse_settings, setting
 from pargs.files import write_text
 from pargs.models import Policy, load_policy, load_tokenizer, warn_of_unused_separator
 from pargs.processes import count_processes, gather, join_processes, progress_bar, split
-from pargs.runs import REWARDS, Cost, Generation, Method, MethodRecord, generation_path
+from pargs.runs import REWARDS, Cost, Generation, GuideEos, Method, MethodRecord, generation_path
 
 
 @dataclass
@@ -65,6 +65,9 @@ class Settings:
     args_weight: FiniteFloat = setting(1.0, "w of ARGS in log pi + w * r.")
     pargs_g_weight: FiniteFloat = setting(1.0, "w of PARGS-G.")
     pargs_weight: FiniteFloat = setting(2.0, "w of PARGS.")
+    args_eos: GuideEos = setting(
+        "finished", "Where ARGS' guide reads an EOS, if it is decoder-only: always closes every prefix."
+    )
     best_of: PositiveInt = setting(10, "Samples that BESTN chooses from.")
     seed: int = setting(42, "Which test prompts, and all sampling.")
 
@@ -80,13 +83,20 @@ class Settings:
 
 
 METHODS: dict[str, Callable[[Settings], Method]] = {
-    "ARGS": lambda s: Method(policy=s.policy, guide=s.full_reward_model, weight=s.args_weight, greedy=True),
+    "ARGS": lambda s: Method(
+        policy=s.policy,
+        guide=s.full_reward_model,
+        weight=s.args_weight,
+        guide_eos=s.args_eos,
+        greedy=True,
+    ),
     "PARGS-G": lambda s: Method(
         policy=s.policy, guide=s.partial_reward_model, weight=s.pargs_g_weight, greedy=True
     ),
     "PARGS": lambda s: Method(policy=s.policy, guide=s.partial_reward_model, weight=s.pargs_weight),
     "BESTN": lambda s: Method(policy=s.policy, best_of=s.best_of, chooser=s.full_reward_model),
     "TOP-K": lambda s: Method(policy=s.policy),
+    "GREEDY": lambda s: Method(policy=s.policy, greedy=True),
     "DPO": lambda s: Method(policy=s.dpo_policy),
     "PPO": lambda s: Method(policy=s.ppo_policy),
 }
@@ -239,7 +249,7 @@ def decode_method(
     guide, token_bytes = None, cache_bytes(policy.model)
     if method.guide:
         reward_model = get_reward_model(method.guide, settings)
-        guide = choose_guide(reward_model, policy, template, limit, settings.k, unwritten)
+        guide = choose_guide(reward_model, policy, template, limit, settings.k, unwritten, method.guide_eos)
         token_bytes += cache_bytes(reward_model.model) * isinstance(guide, CachedGuide)
 
     num_ended = len(responses) - len(unwritten)

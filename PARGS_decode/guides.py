@@ -16,6 +16,7 @@ from pargs.cli import fail, warn
 from pargs.encoding import decode_texts, encode_prompts, eos_id
 from pargs.models import MODEL_ERRORS, Policy, RewardModel
 from pargs.processes import gather
+from pargs.runs import GuideEos
 from pargs.scoring import (
     Continuation,
     base_model,
@@ -41,16 +42,17 @@ def choose_guide(
     max_new_tokens: int,
     k: int,
     responses: list[Response],
+    eos: GuideEos = "finished",
 ) -> "RereadingGuide | CachedGuide":
     """The guide that decodes `responses`: a cached one only where it gives the rewards of reading afresh.
 
     Every process calls this, and all take the same one.
     """
-    guide = make_guide(reward_model, policy, template, max_new_tokens)
+    guide = make_guide(reward_model, policy, template, max_new_tokens, eos)
     if not isinstance(guide, CachedGuide):
         return guide
 
-    afresh = RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, guide.reserved)
+    afresh = RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, guide.reserved, eos)
     fault = find_fault(guide, afresh, responses, max_new_tokens, k) if responses else None
     fault = next(filter(None, gather([fault])), None)
     if not fault:
@@ -60,16 +62,18 @@ def choose_guide(
 
 
 def make_guide(
-    reward_model: RewardModel, policy: Policy, template: str, max_new_tokens: int
+    reward_model: RewardModel, policy: Policy, template: str, max_new_tokens: int, eos: GuideEos = "finished"
 ) -> "RereadingGuide | CachedGuide":
-    """The guide that suits the kind of reward model."""
+    """The guide that suits the kind of reward model; `eos` says where a decoder-only one reads an EOS."""
     reserved = max_new_tokens + 1
     if reward_model.max_length - reward_model.frame.num_special <= reserved:
         length = reward_model.max_length
         fail(f"{reward_model.name!r} reads {length} tokens: no prompt fits beside --max_new_tokens")
     if can_cache(reward_model, policy.tokenizer):
-        return CachedGuide(reward_model, policy.eos_ids, template, reserved)
-    return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, reserved)
+        return CachedGuide(reward_model, policy.eos_ids, template, reserved, eos)
+    if eos != "finished" and not reward_model.causal:
+        warn(f"{reward_model.name!r} is an encoder, which reads no EOS: {eos!r} changes nothing")
+    return RereadingGuide(reward_model, policy.tokenizer, policy.eos_ids, template, reserved, eos)
 
 
 def can_cache(reward_model: RewardModel, policy_tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -137,12 +141,14 @@ class RereadingGuide:
         eos_ids: set[int],
         template: str,
         reserved: int,
+        eos: GuideEos = "finished",
     ):
         self.reward_model = reward_model
         self.policy_tokenizer = policy_tokenizer
         self.eos_ids = eos_ids
         self.template = template
         self.reserved = reserved
+        self.eos = eos
         self.keep_ids = reward_model.shares_ids_with(policy_tokenizer)
 
     def begin(self, responses: list[Response]) -> None:
@@ -162,7 +168,7 @@ class RereadingGuide:
                 ends = token in self.eos_ids
                 prompts.append(response.prompt)
                 prefixes.append(response.ids if ends else [*response.ids, token])
-                finished.append(ends)
+                finished.append(ends if self.eos == "finished" else self.eos == "always")
 
         continuations = [
             Continuation(text, ends, ids if self.keep_ids else None)
@@ -176,12 +182,23 @@ class RereadingGuide:
 
 
 class CachedGuide:
-    """Scores candidates with the reward model's own cache: k + 1 tokens a step, each candidate by itself."""
+    """Scores candidates with the reward model's own cache: k + 1 tokens a step, each candidate by itself.
 
-    def __init__(self, reward_model: RewardModel, eos_ids: set[int], template: str, reserved: int):
+    Where an EOS closes every prefix, it is k more.
+    """
+
+    def __init__(
+        self,
+        reward_model: RewardModel,
+        eos_ids: set[int],
+        template: str,
+        reserved: int,
+        eos: GuideEos = "finished",
+    ):
         self.reward_model = reward_model
         self.template = template
         self.reserved = reserved
+        self.eos = eos
         self.eos_ids = torch.tensor(sorted(eos_ids), device=reward_model.model.device)
 
     @torch.inference_mode()
@@ -194,13 +211,14 @@ class CachedGuide:
 
         input_ids, self.mask = left_pad(fitted, model.model.device)  # both [batch, longest]
         self.past_key_values = DynamicCache(config=model.model.config)
-        self.read(input_ids, self.mask, positions(self.mask))
+        # [batch, 1, hidden], of the prefix's last token
+        self.last_hidden = self.read(input_ids, self.mask, positions(self.mask))[:, -1:]
         self.num_read = 0  # response tokens in the cache
 
     def keep(self, kept: list[int]) -> None:
         """Go on with these rows of the batch."""
         index = torch.tensor(kept, device=self.mask.device)
-        self.mask = self.mask[index]
+        self.mask, self.last_hidden = self.mask[index], self.last_hidden[index]
         self.past_key_values.batch_select_indices(index)
 
     @torch.inference_mode()
@@ -208,24 +226,40 @@ class CachedGuide:
         """Rewards [batch, k]; reads the prefix's new token, then every candidate beside the others."""
         device, k = self.mask.device, candidates.shape[1]
         ends = torch.isin(candidates, self.eos_ids)
-        tokens = candidates.masked_fill(ends, eos_id(self.reward_model.tokenizer))
+        eos = eos_id(self.reward_model.tokenizer)
 
         new = [response.ids[self.num_read :] for response in responses]  # none at the first step, then one
-        tokens = torch.cat([torch.tensor(new, dtype=torch.long, device=device), tokens], dim=1)
-        num_new = tokens.shape[1] - k
+        parts = [torch.tensor(new, dtype=torch.long, device=device), candidates.masked_fill(ends, eos)]
+        if self.eos == "always":
+            parts.append(torch.full_like(candidates, eos))  # one behind each candidate
+        num_new = parts[0].shape[1]
         self.reward_model.calls += candidates.numel()
-        self.reward_model.tokens_read += tokens.numel()
+        self.reward_model.tokens_read += sum(part.numel() for part in parts)
 
+        places = [torch.arange(num_new), torch.full((k,), num_new), torch.full((k,), num_new + 1)]
+        offsets = torch.cat(places[: len(parts)]).to(device)
         seen = self.mask.sum(1, keepdim=True)  # [batch, 1]
-        offsets = torch.arange(tokens.shape[1], device=device).clamp(max=num_new)
         hidden = self.read(
-            tokens, self.candidate_mask(num_new, k), seen + offsets
-        )  # [batch, new + k, hidden]
+            torch.cat(parts, dim=1), self.candidate_mask(num_new, k, len(parts) - 1), seen + offsets
+        )  # [batch, new + k (+ k), hidden]
 
-        self.past_key_values.crop(-k)
+        self.past_key_values.crop(-k * (len(parts) - 1))
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(responses), num_new)], dim=1)
         self.num_read += num_new
-        return score_head(self.reward_model)(hidden[:, num_new:]).squeeze(-1).float()
+        if num_new:
+            self.last_hidden = hidden[:, num_new - 1 : num_new]
+        hidden = self.choose_hidden(hidden[:, num_new:], ends)
+        return score_head(self.reward_model)(hidden).squeeze(-1).float()
+
+    def choose_hidden(self, hidden: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Where each candidate's reward is read, [batch, k, hidden]; `hidden` holds what stands behind the
+        prefix, `ends` [batch, k] which candidates are an EOS themselves."""
+        own = hidden[:, : ends.shape[1]]
+        if self.eos == "always":
+            return torch.where(ends[..., None], own, hidden[:, ends.shape[1] :])
+        if self.eos == "never":
+            return torch.where(ends[..., None], self.last_hidden, own)
+        return own
 
     def read(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
@@ -248,18 +282,19 @@ class CachedGuide:
         except MODEL_ERRORS as error:
             raise CacheFault(str(error) or type(error).__name__) from error
 
-    def candidate_mask(self, num_new: int, k: int) -> torch.Tensor:
-        """Additive mask [batch, 1, new + k, past + new + k]: a candidate sees the prefix and itself alone.
+    def candidate_mask(self, num_new: int, k: int, length: int) -> torch.Tensor:
+        """Additive mask [batch, 1, read, past + read] of k continuations of `length` tokens, the first tokens
+        of all before the second ones: each sees the prefix and itself alone.
 
         Additive, because eager attention adds whatever it is given, booleans included.
         """
         batch, past = self.mask.shape
-        own = torch.zeros(num_new + k, num_new + k, dtype=torch.bool, device=self.mask.device)
-        own[:, :num_new] = True
-        own[:num_new] = torch.tril(own[:num_new])
-        own[num_new:, num_new:] = torch.eye(k, dtype=torch.bool, device=self.mask.device)
+        num_read = num_new + length * k
+        own = torch.ones(num_read, num_read, dtype=torch.bool, device=self.mask.device).tril()
+        continuation = torch.arange(length * k, device=self.mask.device) % k
+        own[num_new:, num_new:] &= continuation[:, None] == continuation
 
-        seen = self.mask.bool()[:, None, :].expand(batch, num_new + k, past)
+        seen = self.mask.bool()[:, None, :].expand(batch, num_read, past)
         allowed = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)[:, None]
         dtype = self.reward_model.model.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=self.mask.device).masked_fill(

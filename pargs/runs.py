@@ -23,6 +23,9 @@ REWARDS = "baseline_results.csv"
 REFERENCE = "reference"  # the column of the human references there
 METHODS_FILE = "methods.json"
 
+# Which continuations a decoder-only guide reads with an EOS behind them.
+GuideEos = Literal["finished", "always", "never"]
+
 T = TypeVar("T")
 
 
@@ -32,6 +35,7 @@ class Method(BaseModel, frozen=True):
     policy: str
     guide: str | None = None  # the reward model whose reward, times `weight`, is added to log pi
     weight: FiniteFloat = 0.0
+    guide_eos: GuideEos = "finished"  # as it is trained here; "always" asks as if every prefix were finished
     greedy: bool = False  # the best candidate, or one sampled from the softmax of the scores
     best_of: PositiveInt = 1  # samples, of which `chooser` keeps the best
     chooser: str | None = None

@@ -85,9 +85,11 @@ class Reference:
         weight: float = 0.0,
         uniforms: Callable[[int], float] | None = None,
         eos: int | None = None,
+        guide_eos: str = "finished",
     ) -> list[Step]:
         """Write one response, ended by `eos` where one is given.
 
+        The guide reads an EOS behind what is finished, or `guide_eos` is "always" or "never".
         `uniforms(step)` gives the random number of a step, None decodes greedily.
         """
         prompt_ids = self.tokenizer(prompt)["input_ids"]
@@ -103,7 +105,12 @@ class Reference:
             scores = []
             for token, score in zip(tokens[:k], log_probs, strict=False):
                 if weight:
-                    score += weight * self.reward(prompt, [*response, token])
+                    ids = [*response, token]
+                    if guide_eos == "always" and token != eos:
+                        ids = [*ids, eos]
+                    elif guide_eos == "never" and token == eos:
+                        ids = response
+                    score += weight * self.reward(prompt, ids)
                 scores.append(score)
 
             chosen, margin = pick(scores, None if uniforms is None else uniforms(step))

@@ -124,7 +124,9 @@ def compare_with_reference(
             return uniform(settings.seed, method, prompt, 0, step)
 
         uniforms = None if how.greedy else drawn
-        steps = plain.write(response.prompt, settings.k, settings.max_new_tokens, how.weight, uniforms, eos)
+        steps = plain.write(
+            response.prompt, settings.k, settings.max_new_tokens, how.weight, uniforms, eos, how.guide_eos
+        )
         compared += assert_same_tokens(steps, response.ids, eos, response.finish_reason == "eos")
     return compared
 
@@ -142,7 +144,7 @@ def load(folders, name: str) -> RewardModel:
 # Token for token
 
 
-@pytest.mark.parametrize("method", ["ARGS", "PARGS-G", "PARGS", "TOP-K"])
+@pytest.mark.parametrize("method", ["ARGS", "PARGS-G", "PARGS", "TOP-K", "GREEDY"])
 @pytest.mark.parametrize(
     ("policy_name", "reward_name"),
     [pytest.param(*pair, marks=[] if pair in FAST_PAIRS else pytest.mark.slow) for pair in PAIRS],
@@ -150,6 +152,25 @@ def load(folders, name: str) -> RewardModel:
 def test_fast_path_writes_the_reference_tokens(folders, prompts, reference, policy_name, reward_name, method):
     settings, plain = make_settings(folders, policy_name, reward_name), reference(policy_name, reward_name)
     assert compare_with_reference(method, prompts, settings, plain) > 2 * len(prompts)
+
+
+@pytest.mark.parametrize("guide_eos", ["always", "never"])
+@pytest.mark.parametrize(
+    ("policy_name", "reward_name"),
+    [("words", "words-reward"), ("words", "gpt2-reward"), ("gpt2", "gpt2-reward"), ("gpt2", "deberta")],
+)
+def test_where_a_guide_reads_an_eos_is_a_setting(
+    folders, prompts, reference, policy_name, reward_name, guide_eos
+):
+    settings = make_settings(folders, policy_name, reward_name, args_eos=guide_eos, args_weight=3.0)
+    compare_with_reference("ARGS", prompts, settings, reference(policy_name, reward_name))
+    written, as_trained = (
+        [response.written_ids for response in decode("ARGS", prompts, each)]
+        for each in (settings, replace(settings, args_eos="finished"))
+    )
+    # An encoder reads no EOS, and this policy proposes none.
+    same = reward_name == "deberta" or (policy_name == "gpt2" and guide_eos == "never")
+    assert (written == as_trained) == same
 
 
 def test_guides_are_chosen_by_the_reward_model(folders):

@@ -15,8 +15,9 @@ from forked import Run
 from judge import TEMPLATE, BadReply, Question, Verdict, messages_of, parse_reply
 from judge_server import JudgeServer
 from small_runs import write_generations
-from statistics_table import proportion
 from verdict_summary import summarise
+
+from pargs.statistics import proportion
 
 KEY = "sk-test-5f2c9e1b7a"
 LOG = Path("gpt-4-evaluations/generation_a_vs_generation_b.jsonl")

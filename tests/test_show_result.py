@@ -14,7 +14,6 @@ import show_generations
 import show_result
 import torch
 from conftest import ROOT, save
-from figures import GREY, PALETTE
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from policy_likelihood import Pair, encode_texts_again, response_log_probs
@@ -33,13 +32,14 @@ from small_runs import (
     write_rewards,
     write_trace,
 )
-from statistics_table import bootstrap_interval
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from true_quality import mean_quality
 
+from pargs.figures import GREY, PALETTE
 from pargs.files import write_whole
 from pargs.models import Policy, encode_for_policy, load_policy
 from pargs.runs import Method, Step
+from pargs.statistics import bootstrap_interval
 
 OUTPUTS = {f"average_reward.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")}
 NUMBERS = [1, 2, 3, 4]

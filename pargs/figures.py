@@ -1,4 +1,4 @@
-"""What the figures of stage 5 share: colours, axes, and how they are saved."""
+"""What figures share: colours, axes, and how they are saved."""
 
 from pathlib import Path
 from typing import Literal
