@@ -7,10 +7,13 @@ Writes  summarize_from_feedback_partial/: splits `train` and `validation`, one r
 
 Both responses are tokenised, the shorter is padded to the longer, and every length from 1 to the longer
 makes an entry; past its own end a response stays whole. Entries over `max_length` tokens are dropped.
+`--lengths_per_comparison 4` keeps four lengths of each training comparison, drawn at random, so that more
+comparisons cost the same.
 
     python DataProcess/tldr_data_process_partial.py
 """
 
+import random
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -39,8 +42,11 @@ class Settings:
         8192, "Training comparisons to use, chosen at random; 0 for all."
     )
     num_validation_comparisons: NonNegativeInt = setting(1024, "Validation comparisons to use; 0 for all.")
+    lengths_per_comparison: NonNegativeInt = setting(
+        0, "Prefix lengths to keep of each training comparison, at random; 0 for all."
+    )
     max_length: PositiveInt = setting(512, "Longest input in tokens; longer entries are dropped.")
-    seed: NonNegativeInt = setting(42, "Which comparisons are chosen.")
+    seed: NonNegativeInt = setting(42, "Which comparisons, and which of their lengths, are chosen.")
     output: str = setting("summarize_from_feedback_partial", "Folder to write.")
 
 
@@ -112,6 +118,15 @@ def encode_pairs(
     return encoded
 
 
+def keep_lengths(batch: dict[str, list], indices: list[int], count: int, seed: int) -> dict[str, list]:
+    """Of each comparison's prefix lengths `count` at random, in order."""
+    drawn = []
+    for pair, lengths in zip(indices, batch["lengths"], strict=True):
+        rng = random.Random(f"{seed} {pair}")
+        drawn.append(sorted(rng.sample(lengths, min(count, len(lengths)))))
+    return {"lengths": drawn}
+
+
 def list_entries(batch: dict[str, list], indices: list[int]) -> dict[str, list[int]]:
     """One row for each prefix pair: which comparison, and how long a prefix."""
     rows = [
@@ -120,7 +135,9 @@ def list_entries(batch: dict[str, list], indices: list[int]) -> dict[str, list[i
     return {"pair": [pair for pair, _ in rows], "length": [length for _, length in rows]}
 
 
-def build_split(rows: Dataset, split: str, encoding: dict, work: Path) -> tuple[Dataset, Dataset]:
+def build_split(
+    rows: Dataset, split: str, encoding: dict, work: Path, lengths_per_comparison: int, seed: int
+) -> tuple[Dataset, Dataset]:
     """The pairs of a split with their ids, and its entries; files are written to `work`."""
     pairs = rows.map(
         encode_pairs,
@@ -133,6 +150,17 @@ def build_split(rows: Dataset, split: str, encoding: dict, work: Path) -> tuple[
         cache_file_name=str(work / f"{split}-pairs.arrow"),
         desc=f"{split}: encoding prefixes",
     )
+    if lengths_per_comparison:
+        pairs = pairs.map(
+            keep_lengths,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"count": lengths_per_comparison, "seed": seed},
+            features=PAIR_FEATURES,
+            load_from_cache_file=False,
+            cache_file_name=str(work / f"{split}-lengths.arrow"),
+            desc=f"{split}: drawing lengths",
+        )
     entries = pairs.map(
         list_entries,
         batched=True,
@@ -184,13 +212,15 @@ def main() -> None:
     with workspace(settings.output) as work:
         for split, count in counts.items():
             rows = choose_comparisons(dataset[split], count, settings.seed)
-            pairs[split], entries[split] = build_split(rows, split, encoding, work)
+            lengths = settings.lengths_per_comparison if split == "train" else 0
+            pairs[split], entries[split] = build_split(rows, split, encoding, work, lengths, settings.seed)
 
         notes = {
             "reward_model": settings.reward_model,
             "causal": causal,
             "template": encoding["template"],
             "max_length": settings.max_length,
+            "lengths_per_comparison": settings.lengths_per_comparison,
             "seed": settings.seed,
             "segment_ids": "token_type_ids" in tokenizer.model_input_names and not causal,
             "frame": encoding["frame"].to_json(),

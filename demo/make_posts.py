@@ -30,8 +30,8 @@ from pargs.cli import SettingsParser
 ROLES = sorted({r for theme in world.THEMES.values() for r in theme["people"]} | set(world.BYSTANDERS))
 DEFECTS = ("event", "people", "question", "invention", "repetition", "brevity")
 LONGEST_SUMMARY = 34  # words
-# Chances of each defect, one drawn for each summary. A policy that imitates such writers leaves room above its
-# most likely summary; chosen for that alone, on validation posts, before any guided decoding.
+# Chances of each defect, one drawn for each summary: a policy that imitates such writers leaves room above
+# its most likely summary. Chosen for that alone, on validation posts, before any guided decoding.
 CARELESSNESS = (0.3, 0.6, 0.8)
 TIE = 0.01  # two summaries whose totals are closer than this say nothing about what is preferred
 

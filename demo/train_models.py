@@ -1,8 +1,9 @@
-"""Train the demo's stand-ins for the hub's three models, on a CPU, in fp32.
+"""Train the demo's stand-ins for the hub's models, on a CPU, in fp32.
 
-  summariser          a GPT-2 of 2 layers, supervised on posts and summaries good and bad
-  full-reward-model   a DeBERTa-v3 of 2 layers, Bradley-Terry on whole summaries (TRL's RewardTrainer)
-  rl-summariser       the summariser after RLOO (TRL's RLOOTrainer) on the full reward model
+  summariser           a GPT-2 of 2 layers, supervised on posts and summaries good and bad
+  full-reward-model    a DeBERTa-v3 of 2 layers, Bradley-Terry on whole summaries (TRL's RewardTrainer)
+  causal-reward-model  the summariser with a reward head, the same, read out at the EOS, on pairs of its own
+  rl-summariser        the summariser after RLOO (TRL's RLOOTrainer) on the full reward model
 All are trained on stories of the training split, more of them than run.sh's data set holds; scores are on
 validation stories. No test post is read.
 
@@ -52,14 +53,19 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from pargs.cli import parse_settings
+from pargs.encoding import encode_texts
+from pargs.models import RewardModel, load_reward_model
+from pargs.prefixes import SIDES, encode_with_prefixes
+from pargs.scoring import Continuation, encode_continuations, score_pairs
 
 MODELS = {
     "summariser": AutoModelForCausalLM,
     "full-reward-model": AutoModelForSequenceClassification,
+    "causal-reward-model": AutoModelForSequenceClassification,
     "rl-summariser": AutoModelForCausalLM,
 }
-SIDES = ("chosen", "rejected")
 PROMPT = "POST: {post}\nTL;DR:"
+RATES = {"per_device_train_batch_size": 16, "lr_scheduler_type": "cosine", "warmup_steps": 100}
 ON_CPU = {
     "use_cpu": True,
     "bf16": False,
@@ -75,7 +81,7 @@ Loaded = tuple[Any, PreTrainedTokenizerBase]  # a model and its tokenizer
 @dataclass
 class Settings:
     output_dir: Path = field(
-        default=Path(__file__).parent / "models", metadata={"help": "Where the three models go."}
+        default=Path(__file__).parent / "models", metadata={"help": "Where the models go."}
     )
     train: list[str] = field(
         default_factory=lambda: list(MODELS), metadata={"help": "Which models to train."}
@@ -83,7 +89,7 @@ class Settings:
     summariser_pairs: int = field(
         default=16000, metadata={"help": "Pairs that the summariser is trained on."}
     )
-    reward_pairs: int = field(default=16000, metadata={"help": "Pairs that the reward model is trained on."})
+    reward_pairs: int = field(default=16000, metadata={"help": "Pairs that each reward model is trained on."})
     validation_pairs: int = field(default=400, metadata={"help": "Pairs to measure on."})
     vocabulary: int = field(default=1536, metadata={"help": "Tokens of either tokenizer."})
     layers: int = field(default=2, metadata={"help": "Layers of every model."})
@@ -93,7 +99,8 @@ class Settings:
         default=6000, metadata={"help": "Posts that it is trained to repeat before that."}
     )
     encoder_pairs: int = field(default=16000, metadata={"help": "Pairs that its encoder is pretrained on."})
-    reward_epochs: float = field(default=1.0, metadata={"help": "Epochs of Bradley-Terry training."})
+    reward_epochs: float = field(default=1.0, metadata={"help": "Epochs of its Bradley-Terry training."})
+    causal_epochs: float = field(default=2.0, metadata={"help": "Epochs of the causal one's."})
     rl_steps: int = field(default=12, metadata={"help": "Optimiser steps of RLOO."})
     rl_posts: int = field(default=500, metadata={"help": "Posts that RLOO draws its prompts from."})
     rl_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of RLOO."})
@@ -276,44 +283,94 @@ def train_reward_model(settings: Settings, rows: list[dict], validation: list[di
         sides = {side: tokenizer(prompts, [row[side] for row in some])["input_ids"] for side in SIDES}
         return Dataset.from_dict({f"{side}_ids": ids for side, ids in sides.items()})
 
-    config = RewardConfig(
-        output_dir=str(work / "reward"),
-        num_train_epochs=settings.reward_epochs,
-        per_device_train_batch_size=16,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        max_length=512,
-        logging_steps=50,
-        eval_strategy="epoch",
-        seed=settings.seed,
-        **ON_CPU,
-    )
-    trainer = RewardTrainer(
-        reward_model,
-        config,
-        train_dataset=encode(rows),
-        eval_dataset=encode(validation),
-        processing_class=tokenizer,
-    )
-    trainer.train()
+    rates = RATES | {"num_train_epochs": settings.reward_epochs, "learning_rate": 1e-3}
+    fit_whole_responses(reward_model, tokenizer, encode(rows), encode(validation), work, settings.seed, rates)
     return reward_model, tokenizer
 
 
-@torch.no_grad()
-def score(reward: Loaded, prompts: list[str], responses: list[str]) -> list[float]:
-    reward_model, tokenizer = reward
-    inputs = tokenizer(prompts, responses, padding=True, return_tensors="pt")
-    return reward_model(**inputs).logits[:, 0].tolist()
+def fit_whole_responses(
+    reward_model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    validation: Dataset | None,
+    work: Path,
+    seed: int,
+    rates: dict[str, Any],
+) -> None:
+    """Bradley-Terry on inputs that are encoded already, `chosen_ids` and `rejected_ids`, in place.
+
+    `rates` are epochs, learning rate, batch size and schedule, as RewardConfig names them.
+    """
+    config = RewardConfig(
+        output_dir=str(work / "reward"),
+        max_length=512,
+        logging_steps=50,
+        eval_strategy="epoch" if validation else "no",
+        seed=seed,
+        **ON_CPU,
+        **rates,
+    )
+    trainer = RewardTrainer(
+        reward_model, config, train_dataset=pairs, eval_dataset=validation, processing_class=tokenizer
+    )
+    trainer.train()
+
+
+def encode_whole_responses(rows: list[dict], tokenizer: Any, eos: bool = True) -> Dataset:
+    """Both sides of each row as a decoder-only reward model reads whole responses, with their EOS or not."""
+    prompts = [row["prompt"] for row in rows]
+    prompt_ids, ids = encode_texts(tokenizer, prompts), {}
+    for side in SIDES:
+        responses = encode_with_prefixes(tokenizer, prompts, [row[side] for row in rows], causal=True)
+        ends = [response.ids if eos else response.ids[:-1] for response in responses]
+        ids[f"{side}_ids"] = [own + end for own, end in zip(prompt_ids, ends, strict=True)]
+    return Dataset.from_dict(ids)
+
+
+def train_causal_reward_model(
+    policy: Path,
+    rows: list[dict],
+    validation: list[dict],
+    work: Path,
+    seed: int,
+    rates: dict[str, Any],
+    eos: bool = True,
+) -> Loaded:
+    """A reward head on the policy, read at the last token of whole responses: their EOS, or without it."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    reward_model: Any = AutoModelForSequenceClassification.from_pretrained(
+        policy, num_labels=1, dtype=torch.float32
+    )
+    # The classifier reads the last token that is no padding: where an EOS is read, padding is another token.
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = tokenizer.convert_ids_to_tokens(1) if eos else tokenizer.eos_token
+    reward_model.config.pad_token_id = padding.pad_token_id
+
+    pairs, held_out = (encode_whole_responses(some, tokenizer, eos) for some in (rows, validation))
+    fit_whole_responses(reward_model, padding, pairs, held_out, work, seed, rates)
+    return reward_model, tokenizer
+
+
+def load_reward(out: Path, name: str) -> RewardModel:
+    hint = f"make it with: python demo/train_models.py --train {name}"
+    return load_reward_model(str(out / name), torch.float32, "cpu", token_budget=4096, hint=hint)
+
+
+def score(reward_model: RewardModel, prompts: list[str], responses: list[str]) -> list[float]:
+    """Rewards of finished responses."""
+    prompt_ids = encode_texts(reward_model.tokenizer, prompts)
+    finished = [Continuation(response, finished=True) for response in responses]
+    response_ids = encode_continuations(reward_model, prompts, finished)
+    return score_pairs(reward_model, prompt_ids, response_ids, reserved=0).tolist()
 
 
 def train_rl_summariser(
-    settings: Settings, summariser: Loaded, reward: Loaded, rows: list[dict], work: Path
+    settings: Settings, summariser: Loaded, reward_model: RewardModel, rows: list[dict], work: Path
 ) -> Loaded:
     policy, tokenizer = summariser
 
     def reward_of(prompts: list, completions: list, **_: Any) -> Any:
-        return score(reward, prompts, completions)
+        return score(reward_model, prompts, completions)
 
     config = RLOOConfig(
         output_dir=str(work / "rl"),
@@ -338,36 +395,32 @@ def train_rl_summariser(
 
 
 @torch.no_grad()
-def sample(summariser: Loaded, prompts: list[str], k: int = 10) -> list[str]:
-    """One top-k sample for each prompt, at most 64 tokens."""
+def write(summariser: Loaded, prompts: list[str], **how: Any) -> list[str]:
+    """A response to each prompt, at most 64 tokens."""
     policy, tokenizer = summariser
     responses = []
-    for prompt in tqdm(prompts, desc="samples", disable=None):
+    for prompt in tqdm(prompts, desc="responses", disable=None):
         inputs = tokenizer(prompt, return_tensors="pt")
-        ids = policy.generate(
-            **inputs, do_sample=True, top_k=k, max_new_tokens=64, pad_token_id=tokenizer.eos_token_id
-        )
+        ids = policy.generate(**inputs, **how, max_new_tokens=64, pad_token_id=tokenizer.eos_token_id)
         responses.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return responses
 
 
 def report_policy(name: str, responses: list[str], rewards: list[float], rows: list[dict]) -> None:
-    """Print what the policy's samples score, and some of them."""
+    """Print what the policy's responses score, and some of them."""
     qualities = pd.DataFrame(
         true_quality(text, row["facts"]) for text, row in zip(responses, rows, strict=True)
     )
-    print(
-        f"\n{name}: one top-k sample for each of {len(rows)} validation posts, reward {np.mean(rewards):.2f}"
-    )
+    print(f"\n{name}, on each of {len(rows)} validation posts: reward {np.mean(rewards):.2f}")
     print(qualities.agg(["mean", "std"]).round(3).to_string())
     for row, text, total in list(zip(rows, responses, qualities["total"], strict=True))[:8]:
         print(f"  {total:.2f} {text.strip()}   [{row['chosen'].strip()}]")
 
 
-def report_reward_model(margins: np.ndarray, gaps: np.ndarray) -> None:
+def report_reward_model(name: str, margins: np.ndarray, gaps: np.ndarray) -> None:
     """Print held-out accuracy, overall and by how far apart the true qualities of a pair are."""
-    print(f"\nfull-reward-model: accuracy {np.mean(margins > 0):.3f} on {len(margins)} validation pairs")
+    print(f"\n{name}: accuracy {np.mean(margins > 0):.3f} on {len(margins)} validation pairs")
     for low, high in ((0, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 1)):
         within = (gaps > low) & (gaps <= high)
         print(f"  true qualities {low} to {high} apart: {np.mean(margins[within] > 0):.3f} of {within.sum()}")
@@ -378,7 +431,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if tokenizer.pad_token is None:  # TRL has given the model one
-        model.config.pad_token_id = model.generation_config.pad_token_id = None
+        model.config.pad_token_id = None
+        if model.can_generate():
+            model.generation_config.pad_token_id = None
 
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -395,18 +450,27 @@ def load(out: Path, name: str) -> Loaded:
 
 
 def report(validation: list[dict], out: Path) -> None:
-    """Measure the saved models on validation stories."""
-    reward = load(out, "full-reward-model")
+    """Measure the models that are there on validation stories."""
     prompts = [row["prompt"] for row in validation]
-    rewards = {side: score(reward, prompts, [row[side] for row in validation]) for side in SIDES}
     quality = {side: [true_quality(row[side], row["facts"])["total"] for row in validation] for side in SIDES}
     gaps = np.subtract(quality["chosen"], quality["rejected"])
-    report_reward_model(np.subtract(rewards["chosen"], rewards["rejected"]), gaps)
+    there = [name for name in MODELS if (out / name).is_dir()]
+    for name in there:
+        if MODELS[name] is AutoModelForSequenceClassification:
+            reward_model = load_reward(out, name)
+            sides = [score(reward_model, prompts, [row[side] for row in validation]) for side in SIDES]
+            report_reward_model(name, np.subtract(sides[0], sides[1]), gaps)
 
-    for name in ("summariser", "rl-summariser"):
-        set_seed(0)
-        responses = sample(load(out, name), prompts)
-        report_policy(name, responses, score(reward, prompts, responses), validation)
+    if "full-reward-model" not in there:
+        return
+    reward_model = load_reward(out, "full-reward-model")
+    ways = {"greedy": {"do_sample": False}, "one top-k sample": {"do_sample": True, "top_k": 10}}
+    for name in there:
+        for way, how in ways.items() if MODELS[name] is AutoModelForCausalLM else ():
+            set_seed(0)
+            responses = write(load(out, name), prompts, **how)
+            rewards = score(reward_model, prompts, responses)
+            report_policy(f"{name}, {way}", responses, rewards, validation)
 
 
 def main() -> None:
@@ -419,8 +483,12 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     rows = draw_rows("train", max(settings.summariser_pairs, settings.reward_pairs), settings.seed)
     validation = draw_rows("validation", settings.validation_pairs, settings.seed)
+    # What one reward model mistakes the other should not: it has seen other pairs.
+    own_rows = []
+    if "causal-reward-model" in settings.train:
+        own_rows = draw_rows("train", settings.reward_pairs, settings.seed + 1)
 
-    # Each model starts from the seed, so that training one alone gives what training all three gives.
+    # Each model starts from the seed, so that training one alone gives what training all gives.
     with tempfile.TemporaryDirectory() as work:
         if "summariser" in settings.train:
             set_seed(settings.seed)
@@ -433,12 +501,20 @@ def main() -> None:
             trained = train_reward_model(settings, rows[: settings.reward_pairs], validation, Path(work))
             save(*trained, out / "full-reward-model")
 
+        if "causal-reward-model" in settings.train:
+            set_seed(settings.seed)
+            rates = RATES | {"num_train_epochs": settings.causal_epochs, "learning_rate": 3e-4}
+            trained = train_causal_reward_model(
+                out / "summariser", own_rows, validation, Path(work), settings.seed, rates
+            )
+            save(*trained, out / "causal-reward-model")
+
         if "rl-summariser" in settings.train:
             set_seed(settings.seed)
             trained = train_rl_summariser(
                 settings,
                 load(out, "summariser"),
-                load(out, "full-reward-model"),
+                load_reward(out, "full-reward-model"),
                 rows[: settings.rl_posts],
                 Path(work),
             )
