@@ -19,16 +19,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset
-from prefix_figures import READABLE, draw_accuracy, draw_token_rewards
+from prefix_figures import READABLE, draw_accuracy, draw_token_rewards, name_models
 from pydantic import NonNegativeInt, PositiveInt
 from reward_reading import Pair, ask, encode_pair, read_rewards
 
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.cli import fail, is_main, parse_settings, setting, warn
 from pargs.figures import save_figure
 from pargs.files import MAKE_PAIRS, TRAIN_PARTIAL, check_writable, read_dataset, write_whole
 from pargs.models import RewardModel, load_reward_model
 from pargs.prefixes import SIDES
 from pargs.processes import count_processes, join_processes
+from pargs.runs import GuideEos
 from pargs.statistics import bootstrap_interval, mcnemar, proportion
 
 PERCENTAGES = range(10, 101, 10)
@@ -39,6 +40,9 @@ class Settings:
     dataset: str = setting("summarize_from_feedback", "Preference pairs; the split `validation` is read.")
     full_reward_model: str = setting("OpenAssistant/reward-model-deberta-v3-large", "Trained on whole texts.")
     partial_reward_model: str = setting("partial_reward_modeling_tldr", "Trained on prefixes.")
+    full_eos: GuideEos = setting(
+        "finished", "Where the full model reads an EOS, if it is decoder-only: always closes every prefix."
+    )
     num_pairs: PositiveInt = setting(128, "Pairs to rank, chosen at random.")
     num_examples: PositiveInt = setting(3, "Pairs shown token by token: the first of readable length.")
     max_length: PositiveInt = setting(512, "Longest input in tokens; pairs with a longer one are left out.")
@@ -69,6 +73,15 @@ def load_reward_models(settings: Settings) -> dict[str, RewardModel]:
         model.max_length = min(model.max_length, settings.max_length)
         reward_models[label] = model
     return reward_models
+
+
+def choose_readings(reward_models: dict[str, RewardModel], full_eos: GuideEos) -> dict[str, GuideEos]:
+    """Where each model reads an EOS: the partial one as it is trained, the full one as it is asked to."""
+    full = reward_models["full"]
+    if full_eos != "finished" and not full.causal:
+        warn(f"{full.name!r} is an encoder, which reads no EOS: --full_eos {full_eos} changes nothing")
+        full_eos = "finished"
+    return {"full": full_eos, "partial": "finished"}
 
 
 def prefix_lengths(longest: int) -> list[int]:
@@ -116,13 +129,17 @@ def choose_examples(pairs: list[dict[str, Pair]], count: int) -> list[dict[str, 
 
 
 def score(
-    reward_model: RewardModel, pairs: list[Pair], examples: list[Pair], label: str = ""
+    reward_model: RewardModel,
+    pairs: list[Pair],
+    examples: list[Pair],
+    label: str = "",
+    eos: GuideEos = "finished",
 ) -> tuple[pd.DataFrame, list[dict[str, list[float]]]]:
     """One model's rewards: a row per pair and percentage; and, per example and side, one per token."""
     cells, questions = [], []
     for at, pair in enumerate(pairs):
         lengths = prefix_lengths(pair.longest)
-        both = [ask(reward_model, pair.prompt_ids, pair.sides[side], lengths) for side in SIDES]
+        both = [ask(reward_model, pair.prompt_ids, pair.sides[side], lengths, eos) for side in SIDES]
         for percent, chosen, rejected in zip(PERCENTAGES, *both, strict=True):
             cells.append({"pair": at, "percent": percent, "same": chosen.seen == rejected.seen})
             questions += [chosen, rejected]
@@ -130,7 +147,8 @@ def score(
     num_ranked = len(questions)
     for pair in examples:
         for response in pair.sides.values():
-            questions += ask(reward_model, pair.prompt_ids, response, list(range(1, len(response.ids) + 1)))
+            lengths = list(range(1, len(response.ids) + 1))
+            questions += ask(reward_model, pair.prompt_ids, response, lengths, eos)
 
     rewards = read_rewards(reward_model, questions, label)
     frame = pd.DataFrame(cells)
@@ -179,7 +197,7 @@ def compare(rewards: dict[str, pd.DataFrame], resamples: int, seed: int) -> pd.D
     return pd.DataFrame(rows)
 
 
-def print_table(accuracy: pd.DataFrame) -> None:
+def print_table(accuracy: pd.DataFrame, names: dict[str, str]) -> None:
     shown = accuracy.assign(
         cell=[
             f"{row.accuracy:.3f} [{row.interval_low:.3f}, {row.interval_high:.3f}]  n={row.n}"
@@ -189,7 +207,7 @@ def print_table(accuracy: pd.DataFrame) -> None:
         ]
     ).pivot(index="percent", columns="model", values="cell")
     shown.index = [f"{percent}%" for percent in shown.index]
-    shown.columns = [f"{label} reward model" for label in shown.columns]
+    shown.columns = [names[label] for label in shown.columns]
     print(shown.to_markdown(tablefmt="simple", disable_numparse=True))
 
 
@@ -219,20 +237,22 @@ def main() -> None:
     reward_models = load_reward_models(settings)
     pairs, left_out = choose_pairs(rows, reward_models, template, settings)
     examples = choose_examples(pairs, settings.num_examples)
+    readings = choose_readings(reward_models, settings.full_eos)
+    names = name_models(readings)
 
     rewards, curves = {}, {}
     for label, model in reward_models.items():
         own_pairs, own_examples = [pair[label] for pair in pairs], [pair[label] for pair in examples]
-        rewards[label], curves[label] = score(model, own_pairs, own_examples, f"{label} reward model")
+        rewards[label], curves[label] = score(model, own_pairs, own_examples, names[label], readings[label])
     if not is_main():
         return
 
-    ranked = {label: rank(of_model) for label, of_model in rewards.items()}
+    ranked = {label: rank(of_model).assign(eos=readings[label]) for label, of_model in rewards.items()}
     accuracy = pd.concat(ranked, names=["model"]).reset_index("model")
     paired = compare(rewards, settings.resamples, settings.seed)
     figures = {
-        "prefix_accuracy": draw_accuracy(accuracy, paired, len(pairs)),
-        "token_rewards": draw_token_rewards(examples, curves, reward_models),
+        "prefix_accuracy": draw_accuracy(accuracy, paired, len(pairs), names),
+        "token_rewards": draw_token_rewards(examples, curves, reward_models, names),
     }
     for name, table in {"prefix_accuracy": accuracy, "prefix_accuracy_paired": paired}.items():
         write_whole(output_dir / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
@@ -241,7 +261,7 @@ def main() -> None:
 
     print(f"\nRanking accuracy on prefixes of {len(pairs)} validation pairs, with 95% Wilson intervals;")
     print("n: pairs whose prefixes differ at that fraction of the response\n")
-    print_table(accuracy)
+    print_table(accuracy, names)
     print("\nPartial less full, on the pairs that both rank: 95% percentile bootstrap over pairs;")
     print("p: McNemar's exact test, each fraction by itself\n")
     print_comparison(paired)

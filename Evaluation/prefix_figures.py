@@ -12,14 +12,27 @@ from reward_reading import Pair
 from pargs.figures import EDGE, GREY, PALETTE, style_axes
 from pargs.models import RewardModel
 from pargs.prefixes import EncodedResponse
+from pargs.runs import GuideEos
 
 MODELS = {"full": PALETTE[0], "partial": PALETTE[2]}
+READINGS: dict[GuideEos, str] = {
+    "finished": "",
+    "always": ", EOS behind every prefix",
+    "never": ", no EOS",
+}
 SIDE_COLOURS = {"chosen": "#3a9d78", "rejected": "#c8553d"}
 READABLE = 32  # tokens whose words still fit along an axis
 PROMPT_CHARACTERS = 170
 
 
-def draw_accuracy(accuracy: pd.DataFrame, paired: pd.DataFrame, num_pairs: int) -> Figure:
+def name_models(readings: dict[str, GuideEos]) -> dict[str, str]:
+    """What each model is called, from where it reads an EOS."""
+    return {label: f"{label} reward model{READINGS[eos]}" for label, eos in readings.items()}
+
+
+def draw_accuracy(
+    accuracy: pd.DataFrame, paired: pd.DataFrame, num_pairs: int, names: dict[str, str]
+) -> Figure:
     """Above: accuracy with its interval against the part of the response seen, a line per model.
     Below: how much more often the partial model is right on the pairs that both rank.
 
@@ -44,9 +57,15 @@ def draw_accuracy(accuracy: pd.DataFrame, paired: pd.DataFrame, num_pairs: int) 
     draw_differences(below, paired)
 
     handles = [Line2D([], [], color=colour, marker="o", linewidth=1.6) for colour in MODELS.values()]
-    names = [f"{label} reward model" for label in MODELS]
     # Between title and axes, where no interval can reach.
-    axes.legend(handles, names, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 1.0))
+    axes.legend(
+        handles,
+        [names[label] for label in MODELS],
+        frameon=False,
+        ncols=2,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+    )
     counts = accuracy.loc[accuracy["n"] > 0, "n"]
     span = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     caption = (
@@ -76,6 +95,7 @@ def draw_token_rewards(
     examples: list[dict[str, Pair]],
     curves: dict[str, list[dict[str, list[float]]]],
     reward_models: dict[str, RewardModel],
+    names: dict[str, str],
 ) -> Figure:
     """A row per example, a column per model: the reward after each token of both responses.
 
@@ -91,7 +111,7 @@ def draw_token_rewards(
         heading = shorten(pair["full"].prompt, PROMPT_CHARACTERS, placeholder=" …")
         part.suptitle(heading, x=0.01, ha="left", fontsize=9, color="#555555", parse_math=False)
         for axes, (label, reward_model) in zip(part.subplots(1, 2), reward_models.items(), strict=True):
-            style_axes(axes, f"{label.capitalize()} reward model" if at == 0 else "")
+            style_axes(axes, names[label][0].upper() + names[label][1:] if at == 0 else "")
             draw_curves(axes, pair[label], curves[label][at], reward_model)
             axes.set_ylabel("reward")
             axes.set_ylim(*reward_range(curves[label]))

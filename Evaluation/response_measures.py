@@ -1,4 +1,6 @@
-"""What stands beside the reward, which alone can be gamed: length, diversity, overlap, likelihood, KL."""
+"""What stands beside the reward, which alone can be gamed: whose reward it is, length, diversity, overlap,
+likelihood, KL, cost.
+"""
 
 import re
 
@@ -6,7 +8,7 @@ import numpy as np
 import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 from run_files import Run, read_references
-from sampled_kl import Values, measure_likelihood
+from sampled_kl import Values, locate_model, measure_likelihood
 from statistics_table import per_prompt
 
 from pargs.runs import REFERENCE
@@ -23,18 +25,68 @@ def measure_responses(
     found = [measure_likelihood(run, dataset, policy, batch_size) for run in runs.values()]
     likelihood, kl = (dict(zip(runs, values, strict=True)) for values in zip(*found, strict=True))
 
-    measured, notes = {}, []
+    measured: dict[str, dict[str, float | str | None]] = {}
+    notes: list[str] = []
     for method in methods:
+        if method == REFERENCE:
+            continue
+        of_runs = [run for run in runs.values() if method in run.rewards]
+        measured[method] = {"evaluator_was": who_marked(of_runs, method), **mean_cost(of_runs, method)}
         responses = {name: run.responses[method] for name, run in runs.items() if method in run.responses}
-        if method == REFERENCE or not responses:
+        if not responses:
             continue
         rows = pd.concat(responses, names=["run"]).dropna(subset="result")
-        measured[method] = measure_texts(method, rows, references, notes)
+        measured[method] |= measure_texts(method, rows, references, notes)
         measured[method] |= {
             "log_likelihood_per_token": pooled_mean(likelihood, method, "log p", notes),
             "sampled_kl": pooled_mean(kl, method, "KL", notes),
         }
     return pd.DataFrame.from_dict(measured, orient="index").dropna(axis="columns", how="all"), notes
+
+
+def who_marked(runs: list[Run], method: str) -> str | None:
+    """What the reward model of the table was to a method, if the runs agree; None where no record says it."""
+    found = {role_of_evaluator(run, method) for run in runs}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
+def role_of_evaluator(run: Run, method: str) -> str | None:
+    record = run.methods.get(method)
+    if record is None or record.evaluator is None:
+        return None
+    evaluator = locate_model(record.evaluator, run.directory)
+    roles = {"its guide": record.method.guide, "its chooser": record.method.chooser}
+    same = (role for role, name in roles.items() if name and locate_model(name, run.directory) == evaluator)
+    return next(same, "another model")
+
+
+def mean_cost(runs: list[Run], method: str) -> dict[str, float]:
+    """The mean over the runs that know what a method cost; nothing where none does."""
+    costs = pd.DataFrame([cost_of(run, method) for run in runs])
+    return {str(name): mean for name, mean in costs.mean().items()}
+
+
+def cost_of(run: Run, method: str) -> dict[str, float]:
+    """Reward calls for a token and seconds for a prompt, of what the method's last launch wrote.
+
+    Nothing where it wrote nothing, or where it chose among samples of an earlier launch as well: its cost has
+    the calls and the time for those, but not their tokens.
+    """
+    record = run.methods.get(method)
+    if record is None or not record.cost.responses:
+        return {}
+    cost, samples, tokens = record.cost, record.method.best_of, float(record.cost.tokens)
+    if record.method.chooser:
+        if cost.responses < samples * len(run.rewards):
+            run.note(f"no cost of {method}: its last launch went on with an earlier one")
+            return {}
+        # Of what is delivered: discarded samples are part of its price, as they are of the seconds.
+        delivered = run.responses.get(method)
+        tokens = np.nan if delivered is None else delivered["num_tokens"].sum(skipna=False)
+    return {
+        "reward_calls_per_token": cost.reward_calls / tokens if tokens else np.nan,
+        "seconds_per_prompt": cost.seconds * samples / cost.responses,
+    }
 
 
 def pooled_mean(values: dict[str, Values], method: str, label: str, notes: list[str]) -> float:

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from pargs.cli import fail
-from pargs.encoding import encode_prompts
+from pargs.encoding import encode_prompts, eos_id
 from pargs.models import RewardModel
 from pargs.prefixes import SIDES, EncodedResponse, encode_with_prefixes
 from pargs.processes import map_shared
+from pargs.runs import GuideEos
 from pargs.scoring import micro_batch_size, token_rewards
 
 
@@ -50,9 +51,16 @@ def encode_pair(reward_model: RewardModel, row: dict[str, str], template: str) -
 
 
 def ask(
-    reward_model: RewardModel, prompt_ids: list[int], response: EncodedResponse, lengths: list[int]
+    reward_model: RewardModel,
+    prompt_ids: list[int],
+    response: EncodedResponse,
+    lengths: list[int],
+    eos: GuideEos = "finished",
 ) -> list[Question]:
-    """One question for each prefix of `lengths` tokens; past its end a response stays whole."""
+    """One question for each prefix of `lengths` tokens; past its end a response stays whole.
+
+    `eos` says behind which prefixes a decoder-only model reads an EOS, as a guide of decoding does.
+    """
     frame = reward_model.frame
     if not reward_model.causal:
         prefixes = [response.prefix(length) for length in lengths]
@@ -61,11 +69,23 @@ def ask(
             for prefix in prefixes
         ]
 
-    # One pass serves every prefix: what stands behind a token does not change its reward.
     before = len(frame.start) + len(prompt_ids) - 1
-    input_ids = tuple(frame.ids(prompt_ids, response.ids))
-    segments = tuple(frame.segments(prompt_ids, response.ids))
-    return [Question(input_ids, segments, before + min(len(response.ids), length)) for length in lengths]
+    written = response.ids[:-1]  # without the EOS, which ends every response here
+    if eos == "always":  # the EOS takes the place of what follows, so no pass serves two prefixes
+        closed = [[*written[:length], eos_id(reward_model.tokenizer)] for length in lengths]
+        return [
+            Question(
+                tuple(frame.ids(prompt_ids, ids)),
+                tuple(frame.segments(prompt_ids, ids)),
+                before + len(ids),
+            )
+            for ids in closed
+        ]
+
+    # One pass serves every prefix: what stands behind a token does not change its reward.
+    read = written if eos == "never" else response.ids
+    input_ids, segments = tuple(frame.ids(prompt_ids, read)), tuple(frame.segments(prompt_ids, read))
+    return [Question(input_ids, segments, before + min(len(read), length)) for length in lengths]
 
 
 def read_rewards(reward_model: RewardModel, questions: list[Question], label: str) -> list[float]:

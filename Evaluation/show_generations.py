@@ -22,6 +22,7 @@ from pargs.files import check_writable, write_text
 from pargs.runs import REFERENCE, Step
 
 REPORT = "python Evaluation/show_result.py"
+TEXT_FIELDS = ("baseline", "evaluator_was")  # of the result table; the others are numbers
 
 
 @dataclass
@@ -95,7 +96,7 @@ def collect_table(directory: Path) -> dict | None:
         return None
     try:
         summary = pd.read_csv(path).set_index("method")
-        summary = summary.astype({column: float for column in summary if column != "baseline"})
+        summary = summary.astype({column: float for column in summary if column not in TEXT_FIELDS})
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read {path} ({error}); make it again with `{REPORT}`")
     if summary.empty or not {"baseline", "n", "runs", "mean"} <= set(summary):

@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from response_measures import measure_responses
 from reward_figure import draw_figure
 from run_files import Run, read_run
-from statistics_table import count_folded, readable_table, summarise
+from statistics_table import TEXT_COLUMNS, count_folded, readable_table, summarise
 
 from pargs.cli import SettingsParser, fail, is_main, setting
 from pargs.figures import save_figure
@@ -97,16 +97,26 @@ def describe(summary: pd.DataFrame, rewards: pd.DataFrame) -> list[str]:
         )
     if "sampled_kl" in summary:
         lines.append("KL: sampled, to the reference policy, per response, in nats; greedy: - log p.")
+    if "evaluator_was" in summary:
+        lines.append(
+            "Scored by: what the model that gave these rewards was to the method. Its own guide or chooser "
+            "favours it: do not judge a method by that mark alone."
+        )
+    if "seconds_per_prompt" in summary:
+        lines.append(
+            "Reward calls / token: rewards asked for (also those of an EOS, and of samples that best-of-n "
+            "discards) per token delivered; Seconds / prompt: decoding and choosing. Both of the last launch."
+        )
     return lines
 
 
 def save_table(summary: pd.DataFrame, caption: list[str], notes: list[str], output_dir: Path) -> None:
     """The table as numbers (.csv) and as people read it (.md, .tex), with its caption and what is missing."""
     shown = readable_table(summary)
-    numeric = ["right"] * (len(shown.columns) - 1)
-    markdown = shown.to_markdown(index=False, disable_numparse=True, colalign=("left", *numeric))
+    sides = ["left" if column in TEXT_COLUMNS else "right" for column in shown]
+    markdown = shown.to_markdown(index=False, disable_numparse=True, colalign=sides)
     remarks = "".join(f"\n- {line}" for line in caption + notes)
-    latex = shown.to_latex(index=False, escape=True, column_format="l" + "r" * len(numeric))
+    latex = shown.to_latex(index=False, escape=True, column_format="".join(side[0] for side in sides))
     comments = "".join(f"% {line}\n" for line in ["needs \\usepackage{booktabs}", *caption, *notes])
 
     write_whole(output_dir / f"{NAME}.csv", lambda path: summary.to_csv(path))
@@ -136,7 +146,8 @@ def main() -> None:
     notes = [note for run in runs.values() for note in run.notes] + notes
 
     caption = describe(summary, rewards)
-    print(readable_table(summary).to_markdown(index=False, tablefmt="simple", disable_numparse=True))
+    shown = readable_table(summary).rename(columns=lambda name: name.replace(" / ", "\n/ "))  # a narrow head
+    print(shown.to_markdown(index=False, tablefmt="simple", disable_numparse=True))
     print("\n" + "\n".join(caption))
     if notes:
         print("\nLeft out:\n" + "\n".join(f"- {note}" for note in notes))

@@ -4,6 +4,8 @@ import pandas as pd
 
 from pargs.statistics import bootstrap_interval
 
+TEXT_COLUMNS = ("Method", "Scored by")  # of the table as people read it; the others hold numbers
+
 
 def per_prompt(values: pd.Series) -> pd.Series:
     """Average a (run, prompt, copy) series over its runs and copies; missing values are left out.
@@ -83,6 +85,7 @@ def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
     show("Reward", "{:.3f} ± {:.3f}", "mean", "standard_error")
     show("95% interval", "[{:.3f}, {:.3f}]", "interval_low", "interval_high")
     show("SD of runs", "{:.3f}", "run_std")
+    show("Scored by", "{}", "evaluator_was")
     show(f"vs {baseline}", "{:+.3f} [{:+.3f}, {:+.3f}]", "difference", "difference_low", "difference_high")
     show("Wins", "{:.0%}", "win_rate")
     show("Tokens", "{:.1f}", "mean_tokens")
@@ -90,4 +93,6 @@ def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
     show("ROUGE-L", "{:.3f}", "rouge_l")
     show("log p / token", "{:.2f}", "log_likelihood_per_token")
     show("KL", "{:.1f}", "sampled_kl")
+    show("Reward calls / token", "{:.2f}", "reward_calls_per_token")
+    show("Seconds / prompt", "{:.3g}", "seconds_per_prompt")
     return shown

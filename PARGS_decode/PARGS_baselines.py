@@ -30,7 +30,15 @@ from progress import Progress, digest
 from prompts import load_prompts
 from pydantic import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from responses import Response, append_tokens, begin_responses, cache_bytes, cut_into_waves, keep_trace
-from run_models import Precision, choose_dtype, get_evaluator, get_policy, get_reward_model
+from run_models import (
+    Precision,
+    choose_dtype,
+    get_evaluator,
+    get_policy,
+    get_reward_model,
+    peak_gb,
+    reset_peak,
+)
 from run_state import check_models, claim_directory, collect_rewards, methods_left, save_method
 from transformers import Cache, DynamicCache
 
@@ -77,7 +85,9 @@ class Settings:
     trace: bool = setting(False, "Keep every step's candidates and rewards.")
     dtype: Precision = setting("auto", "Of policies and guides; auto: float16 on a GPU, float32 on a CPU.")
     device_map: str | None = setting(None, "auto spreads a policy too large for one GPU over all of them.")
-    fast_attention: bool = setting(True, "The attention of requirements-gpu.txt, for DeBERTa, if installed.")
+    fast_attention: bool = setting(
+        False, "The attention of requirements-gpu.txt, for DeBERTa; not measured on a GPU yet."
+    )
     token_budget: NonNegativeInt = setting(0, "Tokens a reward model reads at once; 0 fits the device.")
     cache_gb: PositiveFloat = setting(8.0, "For key-value caches: sets how many prompts decode at once.")
 
@@ -286,6 +296,8 @@ def run_method(
     asked = [get_reward_model(model, settings) for model in {method.guide, method.chooser} if model]
     for reward_model in asked:
         reward_model.calls = reward_model.tokens_read = 0
+    device = join_processes().device
+    reset_peak(device)
     started = time.perf_counter()
 
     decoded = decode_method(name, split(prompts), template, settings, progress)
@@ -293,12 +305,16 @@ def run_method(
     if method.chooser:
         chooser = get_reward_model(method.chooser, settings)
         responses = pick_best(responses, method.best_of, chooser, tokenizer, template, reserved)
+    steps_taken = sum(len(response.written_ids) for response in decoded.written)
     cost = Cost(
         responses=len(decoded.written),
         seconds=time.perf_counter() - started,
         tokens=sum(len(response.ids) for response in decoded.written),
         reward_calls=sum(reward_model.calls for reward_model in asked),
         reward_tokens=sum(reward_model.tokens_read for reward_model in asked),
+        steps=steps_taken,
+        candidates=steps_taken * settings.k,
+        peak_gb=peak_gb(device),
     )
 
     evaluator = get_evaluator(evaluator_of(settings), settings)
@@ -353,6 +369,7 @@ def main() -> None:
                     k=settings.k,
                     max_new_tokens=settings.max_new_tokens,
                     reference_policy=settings.policy,
+                    evaluator=evaluator_of(settings),
                     cost=cost,
                 )
                 save_method(name, generations, steps if name in traced else None, record, list(METHODS))

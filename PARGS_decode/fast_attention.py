@@ -1,8 +1,9 @@
-"""Fast attention for DeBERTa reward models on a GPU, where the optional package is installed.
+"""Fast attention for DeBERTa reward models on a GPU, where it is asked for: --fast_attention.
 
 transformers computes DeBERTa's attention step by step, with every score and position bias held as a matrix of
 length x length. disentangled-flash (requirements-gpu.txt) computes the same in one kernel. It is used only
 after it has given the same rewards as the attention of transformers; whatever goes wrong, that one stays.
+It was not measured on a GPU yet, so it is off unless asked for.
 """
 
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from pargs.cli import warn
 
 # How far rewards of a check batch may differ, in their standard deviations. In random models of 12 and 24
 # layers rounding alone moved them by up to 0.02 (float16) and 0.23 (bfloat16); positions or padding read
@@ -22,11 +25,14 @@ def use_fast_attention(model: PreTrainedModel) -> str | None:
     """Give a DeBERTa-v2 or v3 classifier in half precision on a GPU fast attention, in place.
 
     Returns what is used now, or None where the model keeps the attention it had: with a warning on stderr
-    where the package fails, silently where it is not installed or the model, device or precision is another.
+    where the package fails or is not installed, silently where the model, device or precision is another.
     """
     if model.config.model_type != "deberta-v2" or model.device.type != "cuda":
         return None
-    if model.dtype not in TOLERANCES or find_spec("disentangled_flash") is None:
+    if model.dtype not in TOLERANCES:
+        return None
+    if find_spec("disentangled_flash") is None:
+        warn("no fast attention: `pip install -r requirements-gpu.txt` installs it")
         return None
     return switch_attention(model)
 

@@ -1,5 +1,6 @@
 """The models of a run: loaded when they are needed, in a precision and with a budget that fit the device."""
 
+import resource
 import sys
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -62,6 +63,20 @@ def choose_dtype(name: Precision, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure `peak_gb` anew, where that can be done: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gb(device: torch.device) -> float:
+    """Most memory that was taken, in GB: of this process's GPU since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # On a CPU it is the peak of the process so far, whichever method took it; Linux counts in kB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def fit_budget(device: torch.device) -> int:

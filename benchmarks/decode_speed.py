@@ -65,7 +65,7 @@ class Settings:
     new_tokens: PositiveInt = setting(32, "Tokens of each response.")
     k: PositiveInt = setting(10, "Candidates a step.")
     dtype: Precision = setting("auto", "As in PARGS_baselines.py.")
-    fast_attention: bool = setting(True, "As in PARGS_baselines.py.")
+    fast_attention: bool = setting(False, "As in PARGS_baselines.py.")
     token_budget: NonNegativeInt = setting(0, "As in PARGS_baselines.py.")
     cache_gb: PositiveFloat = setting(8.0, "As in PARGS_baselines.py.")
 

@@ -64,6 +64,10 @@ class Cost(BaseModel):
     tokens: NonNegativeInt  # that the policy wrote
     reward_calls: NonNegativeInt  # rewards of continuations that were asked for
     reward_tokens: NonNegativeInt  # that the reward model read for them
+    # Not in older records.
+    steps: NonNegativeInt = 0  # choices of a token: the EOS that ends a response is one, too
+    candidates: NonNegativeInt = 0  # that were scored or sampled from, in all steps
+    peak_gb: float | None = None  # most memory, of the process that took most
 
     @classmethod
     def together(cls, costs: "list[Cost]") -> "Cost":
@@ -74,16 +78,24 @@ class Cost(BaseModel):
             tokens=sum(cost.tokens for cost in costs),
             reward_calls=sum(cost.reward_calls for cost in costs),
             reward_tokens=sum(cost.reward_tokens for cost in costs),
+            steps=sum(cost.steps for cost in costs),
+            candidates=sum(cost.candidates for cost in costs),
+            peak_gb=max((cost.peak_gb for cost in costs if cost.peak_gb is not None), default=None),
         )
 
     def describe(self) -> str:
+        """All of it in one line; what an older record does not hold is left out."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        line = (
+        parts = [
             f"{self.responses} responses, {self.tokens} tokens in {self.seconds:.1f} s ({rate:.0f} a second)"
-        )
+        ]
         if self.reward_calls:
-            line += f"; {self.reward_calls} rewards asked for, {self.reward_tokens} tokens read for them"
-        return line
+            parts.append(f"{self.reward_calls} rewards asked for, {self.reward_tokens} tokens read for them")
+        if self.steps:
+            parts.append(f"{self.candidates / self.steps:.1f} candidates a step")
+        if self.peak_gb is not None:
+            parts.append(f"peak memory {self.peak_gb:.2f} GB")
+        return "; ".join(parts)
 
 
 class MethodRecord(BaseModel):
@@ -93,6 +105,7 @@ class MethodRecord(BaseModel):
     k: PositiveInt
     max_new_tokens: PositiveInt
     reference_policy: str  # pi_ref, from which KL is measured
+    evaluator: str | None = None  # the reward model whose rewards the table holds; not in older records
     cost: Cost
 
 

@@ -52,7 +52,13 @@ def write_trace(directory: Path, method: str, steps: list[Steps], prompts: list[
 
 
 def write_records(
-    directory: Path, reference_policy: object, k: int = 2, max_new_tokens: int = 8, **methods: Method
+    directory: Path,
+    reference_policy: object,
+    k: int = 2,
+    max_new_tokens: int = 8,
+    evaluator: str | None = None,
+    costs: dict[str, Cost] | None = None,
+    **methods: Method,
 ) -> None:
     """methods.json; `PARGS_G` stands for PARGS-G."""
     records = {
@@ -61,7 +67,8 @@ def write_records(
             k=k,
             max_new_tokens=max_new_tokens,
             reference_policy=str(reference_policy),
-            cost=NO_COST,
+            evaluator=evaluator,
+            cost=(costs or {}).get(name, NO_COST),
         )
         for name, method in methods.items()
     }

@@ -357,6 +357,24 @@ def test_number_of_comparisons_and_seed(here, monkeypatch, small_models):
     assert len(pairs("--num_comparisons", "0")) == 30
 
 
+def test_a_few_lengths_of_each_comparison(here, monkeypatch, small_models):
+    """Drawn for training alone, the same for a seed, different from pair to pair."""
+    write_pairs([SHORT_PAIR] * 6)  # four lengths each
+    drawn = {}
+    for seed in ("1", "1", "2"):
+        entries, notes = make_entries(
+            monkeypatch, small_models["bert"], "--lengths_per_comparison", "2", "--seed", seed
+        )
+        table = load_from_disk("summarize_from_feedback_partial")
+        lengths = [[row["length"] for row in table["train"] if row["pair"] == pair] for pair in range(6)]
+        assert drawn.setdefault(seed, lengths) == lengths
+        assert all(len(own) == len(set(own)) == 2 and own == sorted(own) for own in lengths)
+        assert len({tuple(own) for own in lengths}) > 1
+        assert len(entries) == 12 and notes["lengths_per_comparison"] == 2
+        assert len(table["validation"]) == 24
+    assert drawn["1"] != drawn["2"]
+
+
 def test_missing_pairs_wrong_numbers_and_an_unwritable_output_are_named(here, small_models, call_main):
     flags = ["--reward_model", small_models["bert"]]
     for arguments, said in (

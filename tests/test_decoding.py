@@ -38,6 +38,7 @@ from transformers import (
 from pargs import scoring
 from pargs.models import Policy, RewardModel, load_reward_model
 from pargs.runs import (
+    Cost,
     Method,
     generation_path,
     read_generations,
@@ -438,10 +439,14 @@ def test_methods_are_kept_with_what_they_cost(folders, prompts, tmp_path, monkey
     }
     for record in records.values():
         assert (record.k, record.max_new_tokens, record.reference_policy) == (8, 20, policy)
+        assert record.evaluator == full
         assert record.cost.seconds > 0 and record.cost.describe() in output
+        assert 0.05 < record.cost.peak_gb < 100
     for name in ("ARGS", "PARGS", "TOP-K"):
         rows = read_generations(generation_path(name))
         assert (costs[name].responses, costs[name].tokens) == (7, sum(row.num_tokens for row in rows))
+        steps = costs[name].tokens + sum(row.finish_reason == "eos" for row in rows)
+        assert (costs[name].steps, costs[name].candidates) == (steps, 8 * steps)
     assert costs["TOP-K"].reward_calls == costs["TOP-K"].reward_tokens == 0
 
     # A cached guide reads each prompt, then k candidates a step and, but at the first, the token before.
@@ -472,6 +477,21 @@ def test_methods_are_kept_with_what_they_cost(folders, prompts, tmp_path, monkey
     assert (costs["BESTN"].responses, costs["BESTN"].tokens) == (4 * 7, tokens)
     read = sum(len(prompt_ids[sample.prompt]) + len(sample.ids) + 1 for sample in samples)
     assert (costs["BESTN"].reward_calls, costs["BESTN"].reward_tokens) == (4 * 7, read)
+
+
+def test_a_cost_in_one_line_and_of_several_processes():
+    numbers = {"responses": 2, "tokens": 40, "reward_calls": 420, "reward_tokens": 9000}
+    cost = Cost(**numbers, seconds=4, steps=42, candidates=420, peak_gb=1.5)
+    assert cost.describe() == (
+        "2 responses, 40 tokens in 4.0 s (10 a second); 420 rewards asked for, 9000 tokens read for them; "
+        "10.0 candidates a step; peak memory 1.50 GB"
+    )
+    old = Cost.model_validate(numbers | {"seconds": 2})  # of a file without the later fields
+    said = "2 responses, 40 tokens in 2.0 s (20 a second); 420 rewards asked for, 9000 tokens read for them"
+    assert old.describe() == said
+    both = Cost.together([cost, cost.model_copy(update={"seconds": 5.0, "peak_gb": 0.5}), old])
+    assert (both.seconds, both.steps, both.candidates, both.peak_gb) == (5, 84, 840, 1.5)
+    assert Cost.together([old, old]).peak_gb is None
 
 
 def test_a_guide_that_also_chooses_is_counted_once(folders, prompts, monkeypatch):

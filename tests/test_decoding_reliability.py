@@ -95,7 +95,7 @@ def read_records(content: bytes, costs: bool) -> list[tuple[str, dict]]:
     """What a run says of its methods, in order."""
     records = json.loads(content)
     for record in records.values():
-        assert record["cost"].pop("seconds") >= 0
+        assert record["cost"].pop("seconds") >= 0 and record["cost"].pop("peak_gb") > 0
         if not costs:
             del record["cost"]
     return list(records.items())

@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import make_posts
+import numpy as np
 import pandas as pd
 import pytest
 import themes
@@ -17,8 +20,20 @@ from conftest import ROOT, assert_one_error
 from datasets import DatasetDict, Features, List, Value, load_dataset
 from make_posts import DEFECTS, draw_story, facts_of, parse, write_post, write_summary
 from quality import WEIGHTS, share_said, true_quality
-from small_runs import CSV, half, overwrite, refuse, run_script, write_generations, write_references
+from small_runs import (
+    CSV,
+    half,
+    overwrite,
+    refuse,
+    run_script,
+    write_generations,
+    write_records,
+    write_references,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from true_quality import Mean, compare_in_words, difference, mark
+
+from pargs.runs import Method
 
 MODELS = ROOT / "demo/models"
 POSTS, TEST_POSTS = "openai/summarize_from_feedback", "CarperAI/openai_summarize_tldr"
@@ -195,33 +210,141 @@ def test_a_good_summary_has_every_quality_and_an_empty_one_none() -> None:
 # The report
 
 
+def write_run(directory: Path, made: Path, **texts: str | None) -> Path:
+    """A run in which a method wrote the same word everywhere, or the references (None)."""
+    directory.mkdir(exist_ok=True)
+    test = pd.read_parquet(made / TEST_POSTS / "test.parquet")
+    prompts = [f"POST: {prompt.partition('POST: ')[2]}" for prompt in test["prompt"]]
+    table = pd.DataFrame({"prompt": prompts})
+    for name, text in texts.items():
+        method = name.replace("_", "-")
+        responses = [text or f" {label}" for label in test["label"]]
+        write_generations(directory, method, responses, prompts)
+        table[method] = range(len(test))
+    table.assign(reference=2.0).to_csv(directory / CSV, index=False)
+    return directory
+
+
 @pytest.fixture
 def world(made: Path, tmp_path: Path) -> Path:
     """A run directory in which ARGS wrote the references and TOP-K nothing but a word."""
-    (tmp_path / "demo_facts.json").write_text((made / "demo_facts.json").read_text())
-    test = pd.read_parquet(made / TEST_POSTS / "test.parquet")
-    prompts = [f"POST: {prompt.partition('POST: ')[2]}" for prompt in test["prompt"]]
-    write_generations(tmp_path, "ARGS", [f" {label}" for label in test["label"]], prompts)
-    write_generations(tmp_path, "TOP-K", [" Help."] * len(test), prompts)
-    table = pd.DataFrame({"prompt": prompts, "ARGS": 1.0, "TOP-K": range(len(test)), "reference": 2.0})
-    table.to_csv(tmp_path / CSV, index=False)
-    return tmp_path
+    shutil.copy(made / "demo_facts.json", tmp_path)
+    return write_run(tmp_path, made, ARGS=None, TOP_K=" Help.")
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Without the files of the figure, which take most of the time."""
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: None)
 
 
 def test_the_report_scores_each_method(world: Path, capsys) -> None:
     run_script(report, world)
     table = pd.read_csv(world / "true_quality.csv", index_col="method")
-    assert list(table.index) == ["ARGS", "TOP-K"] and list(table["n"]) == [15, 15]
-    assert table.loc["ARGS", "true_quality"] > 0.97
+    assert list(table.index) == ["ARGS", "TOP-K"]
+    assert list(table["n"]) == [15, 15] and list(table["run"]) == [".", "."]
+    args, top_k = table.loc["ARGS"], table.loc["TOP-K"]
+    assert (
+        args["true_quality"] > 0.97 and args["interval_low"] <= args["true_quality"] <= args["interval_high"]
+    )
     # No invention, no repetition, brevity.
-    columns = ["true_quality", "standard_error", "reward"]
-    assert list(table.loc["TOP-K", columns]) == pytest.approx([0.3, 0, 7])
+    columns = ["true_quality", "standard_error", "interval_low", "interval_high", "reward"]
+    assert list(top_k[columns]) == pytest.approx([0.3, 0, 0.3, 0.3, 7])
+    assert top_k["minus_ARGS"] == pytest.approx(0.3 - args["true_quality"])
+    assert np.isnan(args["minus_ARGS"]) and "minus_GREEDY" not in table
     assert "ARGS" in capsys.readouterr().out
+    assert {"true_quality.png", "true_quality.pdf"} <= {path.name for path in world.iterdir()}
 
-    write_references(world, [" Help."] * 15, list(pd.read_csv(world / CSV)["prompt"]))
-    run_script(report, world)
-    table = pd.read_csv(world / "true_quality.csv", index_col="method")
-    assert table.loc["reference", "true_quality"] == pytest.approx(0.3)
+
+def test_references_are_found_in_the_run_or_here(world: Path, made: Path, undrawn) -> None:
+    run = write_run(world / "run", made, ARGS=None)
+    prompts = list(pd.read_csv(world / CSV)["prompt"])
+    write_references(world, [" Help."] * 15, prompts)
+    write_references(run, [" Help.", *[" "] * 14], prompts)
+    run_script(report, world, ".", "run/")
+    table = pd.read_csv(world / "true_quality.csv", index_col=["run", "method"])
+    assert table.loc[(".", "reference"), "true_quality"] == pytest.approx(0.3)
+    assert table.loc[("run", "reference"), "true_quality"] == pytest.approx(0.3 / 15)
+
+
+def test_a_prompt_that_comes_twice_counts_once() -> None:
+    texts = ["My boss", "The pay", "", ""]  # people 1, event 0 then 0 and 1/3; an empty one has nothing
+    marks = mark(texts, [FACTS] * 4, pd.Series([1.0, 5.0, 2.0, 7.0]), ["p", "p", "q", "r"])
+    assert list(marks.index) == ["p", "q", "r"] and list(marks["reward"]) == [3, 2, 7]
+    assert list(marks["people"]) == [0.5, 0, 0]
+    assert list(marks["event"]) == pytest.approx([1 / 6, 0, 0])
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """Each prompt is 0.3 better; by position the differences would be spread."""
+    first = pd.DataFrame({"total": [0.5, 0.7, 0.9]}, index=["p", "q", "r"])
+    second = pd.DataFrame({"total": [0.6, 0.2, 0.4]}, index=["r", "p", "q"])
+    gap = difference(first, second, report.Settings())
+    assert (gap.value, gap.low, gap.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"),
+    [
+        (Mean(0.12, 0.08, 0.16), "A is 0.120 [0.080, 0.160] above B."),
+        (Mean(-0.12, -0.16, -0.08), "A is 0.120 [0.080, 0.160] below B."),
+        (
+            Mean(-0.02, -0.05, 0.01),
+            "A and B are not told apart: the difference is -0.020 [-0.050, +0.010], which holds 0.",
+        ),
+        (
+            Mean(0.02, 0.0, 0.05),
+            "A and B are not told apart: the difference is +0.020 [+0.000, +0.050], which holds 0.",
+        ),
+        (Mean(0.5, float("nan"), float("nan")), "A and B: too few prompts to compare."),
+    ],
+)
+def test_words_say_no_more_than_the_interval(gap: Mean, said: str) -> None:
+    assert compare_in_words("A", "B", gap) == said
+
+
+def guided(guide: object, **changes: object) -> Method:
+    return Method(policy="p", guide=str(guide), greedy=True, **({"weight": 1} | changes))
+
+
+def test_runs_are_compared_with_those_of_the_same_prompts(world: Path, made: Path, undrawn, capsys) -> None:
+    """What guided a method is as recorded; the guide of a run is named from its directory."""
+    shutil.copytree(
+        MODELS / "summariser", world / "guide"
+    )  # its configuration is that of a decoder-only model
+    encoder = MODELS / "full-reward-model"
+    write_records(write_run(world, made, ARGS=" Help.", GREEDY=None), "p", ARGS=guided(encoder))
+    pd.read_csv(world / CSV)[:14].to_csv(world / CSV, index=False)  # fewer prompts than the others have
+    for method in ("args", "greedy"):
+        rows = json.loads((world / f"generation_{method}.json").read_text())
+        (world / f"generation_{method}.json").write_text(json.dumps(rows[:14]))
+
+    write_records(write_run(world / "open", made, ARGS=None, GREEDY=" Help."), "p", ARGS=guided("../guide"))
+    heavy = write_run(world / "heavy", made, ARGS=" Help.", PARGS_G=None)
+    write_records(heavy, "p", ARGS=guided(world / "guide", weight=3), PARGS_G=guided(encoder))
+    closed = write_run(world / "closed", made, ARGS=" Help.")
+    write_records(closed, "p", ARGS=guided("../guide", guide_eos="always"))
+
+    run_script(report, world, ".", "open", "heavy", "closed")
+    table = pd.read_csv(world / "true_quality.csv", index_col=["run", "method"])
+    assert table.loc[("heavy", "PARGS-G"), ["ARGS_of", "GREEDY_of"]].tolist() == ["heavy", "open"]
+    assert table.loc[("heavy", "ARGS"), "minus_GREEDY"] == pytest.approx(0)
+    assert table.loc[(".", "ARGS"), "GREEDY_of"] == "."
+
+    gaps = [abs(table.loc[(run, "ARGS"), "minus_GREEDY"]) for run in (".", "open")]
+    fewer, all_of_them = (f"is {gap:.3f}" for gap in gaps)
+    words = capsys.readouterr().out.partition("True quality, paired")[2].splitlines()[1:]
+    assert [re.sub(r" \[.*\]", "", line) for line in words] == [
+        f"{world.name} (encoder guides, 14 prompts)",
+        f"- ARGS (w = 1) {fewer} below GREEDY.",
+        "open (decoder-only guides, 15 prompts)",
+        f"- ARGS (w = 1) {all_of_them} above GREEDY.",
+        "heavy (decoder-only and encoder guides, 15 prompts)",
+        f"- PARGS-G (w = 1) {all_of_them} above ARGS (w = 3).",
+        f"- ARGS (w = 3) {all_of_them} below ARGS (w = 1) of open.",
+        "closed (decoder-only guides, 15 prompts)",
+        f"- ARGS (w = 1, EOS behind every prefix) {all_of_them} below ARGS (w = 1) of open.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -232,12 +355,69 @@ def test_the_report_scores_each_method(world: Path, capsys) -> None:
         (overwrite("demo_facts.json", "{}"), "prompt 0 of the rewards is no post"),
         (lambda run: (run / "generation_args.json").unlink(), "generation_args.json is missing"),
         (overwrite("generation_args.json", "[]"), "generation_args.json is of other prompts"),
+        (overwrite("methods.json", half), "methods.json is not what decoding writes"),
     ],
 )
 def test_the_report_fails_clearly(world: Path, capsys, spoil, said: str) -> None:
     """Damaged rewards and generations are in test_evaluation_reliability.py."""
+    write_records(world, "p", ARGS=guided("g"))
     spoil(world)
     assert f"error: {said}" in refuse(report, world, capsys)
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([".", "absent"], "there is no run directory 'absent'"),
+        ([".", "empty"], "empty/baseline_results.csv is missing"),
+        ([".", "empty/.."], "a run directory is named twice"),
+    ],
+)
+def test_runs_that_are_none_are_refused(world: Path, capsys, runs: list[str], said: str) -> None:
+    (world / "empty").mkdir()
+    assert f"error: {said}" in refuse(report, world, capsys, *runs)
+
+
+# run.sh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["demo", "paper"])
+def test_run_sh_tells_both_halves_of_the_demo_and_the_paper_alone(tmp_path: Path, mode: str) -> None:
+    """Which scripts it starts, where; a stand-in for python notes it."""
+    for name in ("run.sh", "environment.sh", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$1" in *.py) echo "$PWD $*" >> "${0%/.venv*}/log" ;; esac\n')
+    python.chmod(0o755)
+
+    def start(*steps: str) -> list[tuple[str, str, str]]:
+        """(directory, script, arguments) of each start."""
+        (tmp_path / "log").unlink(missing_ok=True)
+        environment = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
+        subprocess.run(["bash", "run.sh", mode, *steps], cwd=tmp_path, env=environment, check=True)
+        lines = (tmp_path / "log").read_text().splitlines()
+        started = [line.removeprefix(f"{tmp_path}/runs/{mode}").split(" ", 2) for line in lines]
+        return [(place, Path(script).stem, "".join(rest)) for place, script, *rest in started]
+
+    whole, later = start(), start("decode", "report")
+    decoded = [(place, arguments) for place, script, arguments in whole if script == "PARGS_baselines"]
+    assert all("--overwrite" in arguments for _, arguments in decoded)
+    assert not [arguments for _, _, arguments in later if "--overwrite" in arguments]
+    places = [place for place, _ in decoded]
+    if mode == "paper":
+        assert {place for place, *_ in whole} == {""} and len(whole) == 8
+        assert "true_quality" not in [script for _, script, _ in whole]
+        assert "--evaluation_reward_model" not in decoded[0][1]
+        return
+
+    assert places == ["", "/causal", "/causal-w3", "/causal-closed"]
+    models = f"{tmp_path}/demo/models"
+    by_guide = [f"--evaluation_reward_model {models}/{name}-reward-model" for name in ("causal", "full")]
+    assert [by_guide[0] in arguments for _, arguments in decoded] == [True, False, False, False]
+    assert [by_guide[1] in arguments for _, arguments in decoded] == [False, True, True, True]
+    assert whole[-1] == later[-1] == ("", "true_quality", ". causal causal-w3 causal-closed")
 
 
 # The shipped models
@@ -248,7 +428,7 @@ def test_shipped_models_are_small_plain_files() -> None:
     assert sum(path.stat().st_size for path in files) <= 20e6
     assert {path.suffix for path in files} <= {".safetensors", ".json"}
     weights = {path.parent.name for path in files if path.suffix == ".safetensors"}
-    assert weights == {"summariser", "full-reward-model", "rl-summariser"}
+    assert weights == {"summariser", "full-reward-model", "causal-reward-model", "rl-summariser"}
     for path in files:
         if path.suffix == ".json":
             content = path.read_text()
@@ -270,7 +450,8 @@ def test_shipped_policies_load_and_finish_their_summaries(name: str) -> None:
     response = ids[0, inputs["input_ids"].shape[1] :]
     assert response[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(response, skip_special_tokens=True)
-    assert text.startswith(" ") and "boss" in text
+    # It tells of the post; like its careless writers it may name the wrong person.
+    assert text.startswith(" ") and "$200" in text
 
 
 def test_shipped_reward_model_prefers_the_good_summary() -> None:
@@ -287,3 +468,21 @@ def test_shipped_reward_model_prefers_the_good_summary() -> None:
     with torch.no_grad():
         rewards = reward_model(**inputs).logits[:, 0]
     assert rewards.argmax() == 0
+
+
+def test_shipped_causal_reward_model_prefers_the_good_summary_at_its_eos() -> None:
+    folder = MODELS / "causal-reward-model"
+    reward_model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert reward_model.config.model_type == "gpt2"
+    # Padding with the EOS would let the classifier read the token before it.
+    assert tokenizer.pad_token is None and reward_model.config.pad_token_id is None
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(MODELS / "summariser").get_vocab()
+
+    bad = [" Someone did something.", " My boss is difficult and then won the lottery, any advice?"]
+    rewards = []
+    for response in (f" {GOOD}", *bad):
+        text = f"POST: {POST}\nTL;DR:{response}{tokenizer.eos_token}"
+        with torch.no_grad():
+            rewards.append(reward_model(**tokenizer(text, return_tensors="pt")).logits.item())
+    assert max(rewards) == rewards[0]

@@ -173,9 +173,10 @@ def test_only_deberta_in_half_precision_on_a_gpu_is_switched(model, stand_in, mo
     bert = BertForSequenceClassification(BertConfig(vocab_size=300, **SHAPE)).half()
     assert use_fast_attention(bert) is use_fast_attention(deberta().float()) is None
     assert use_fast_attention(model) == "fast"
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr("fast_attention.find_spec", lambda name: None)
     assert use_fast_attention(model) is None
-    assert capsys.readouterr().err == ""
+    assert "requirements-gpu.txt` installs it" in capsys.readouterr().err
 
 
 def test_the_real_package_takes_the_model_and_gives_its_rewards(model, monkeypatch):

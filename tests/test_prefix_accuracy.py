@@ -10,7 +10,7 @@ import torch
 from conftest import make_posts
 from datasets import Dataset
 from prefix_accuracy import PERCENTAGES, choose_pairs, compare, prefix_lengths, print_comparison, rank, score
-from prefix_figures import draw_accuracy
+from prefix_figures import draw_accuracy, name_models
 from reward_reading import SIDES, Pair, ask, encode_pair, read_rewards
 from small_runs import TEMPLATE, refuse, run_script, write_dataset
 from tldr_data_process_partial import encode_pairs
@@ -130,6 +130,58 @@ def test_rewards_are_those_of_each_prefix_read_alone(load, name):
         assert read_rewards(model, questions, "") == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2-reward", "llama-reward"])
+@pytest.mark.parametrize("eos", ["always", "never"])
+def test_an_eos_behind_every_prefix_or_behind_none(load, name, eos):
+    """Against each prefix read alone: its ids, with an EOS of their own or without one."""
+    model, pairs = load(name), []
+    for row in comparisons(3, seed=5):
+        pairs.append(encode_pair(model, row, TEMPLATE))
+    ours, (curves,) = score(model, pairs, pairs[:1], eos=eos)
+
+    def alone(pair: Pair, side: str, length: int) -> tuple[float, list[int]]:
+        written = pair.sides[side].ids[:-1][:length]
+        read = [*pair.prompt_ids, *written, *[model.tokenizer.eos_token_id] * (eos == "always")]
+        with torch.inference_mode():
+            hidden = model.model.base_model(torch.tensor([read])).last_hidden_state
+            return model.model.score(hidden[0, -1]).item(), read
+
+    for at, pair in enumerate(pairs):
+        cells = ours[ours["pair"] == at]
+        for cell, length in zip(cells.itertuples(), prefix_lengths(pair.longest), strict=True):
+            (chosen, chosen_ids), (rejected, rejected_ids) = (alone(pair, side, length) for side in SIDES)
+            assert (cell.chosen, cell.rejected) == pytest.approx((chosen, rejected), abs=2e-4)
+            assert cell.same == (chosen_ids == rejected_ids)
+    for side in SIDES:
+        lengths = range(1, len(pairs[0].sides[side].ids) + 1)
+        expected = [alone(pairs[0], side, length)[0] for length in lengths]
+        assert curves[side] == pytest.approx(expected, abs=2e-4)
+
+    # It is another question than that of a finished response alone.
+    usual, _ = score(model, pairs, [])
+    whole = ours["percent"] == 100
+    assert (ours["chosen"][whole] - usual["chosen"][whole]).abs().max() < 2e-4 or eos == "never"
+    changed = ~whole if eos == "always" else whole
+    assert (ours["chosen"][changed] - usual["chosen"][changed]).abs().max() > 0.1
+
+
+def test_a_response_and_its_prefix_are_the_same_where_both_are_closed(load):
+    """Of two responses that begin alike the shorter is over: with an EOS behind both, nothing is to rank."""
+    model, tokens = load("gpt2-reward"), list(range(50, 60))
+    eos = model.tokenizer.eos_token_id
+    sides = {
+        "chosen": EncodedResponse([*tokens[:5], eos], {}),
+        "rejected": EncodedResponse([*tokens, eos], {}),
+    }
+    pair = Pair("p", [20, 21], sides)
+    lengths = prefix_lengths(pair.longest)
+    assert lengths == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    for reading, num_same in (("finished", 4), ("always", 4), ("never", 4)):
+        rewards, _ = score(model, [pair], [], eos=reading)
+        assert list(rewards["same"]) == [True] * num_same + [False] * (10 - num_same), reading
+        assert (rewards["chosen"] == rewards["rejected"])[rewards["same"]].all()
+
+
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """The interval by its formula (Wilson 1927)."""
     z, share = 1.959963984540054, correct / n
@@ -189,7 +241,10 @@ def test_two_models_on_the_same_pairs_by_hand(capsys):
     assert shown == ["50%", "6", "1", "5", "+0.667", "[+0.000,", "+1.000]", "0.219"]
     ranked = {label: rank(cells_of(right, wrong)) for label in ("full", "partial")}
     accuracy = pd.concat(ranked, names=["model"]).reset_index("model")
-    above, below = draw_accuracy(accuracy, table, 6).axes
+    names = name_models({"full": "always", "partial": "finished"})
+    above, below = draw_accuracy(accuracy, table, 6, names).axes
+    legend = [text.get_text() for text in above.get_legend().get_texts()]
+    assert legend == ["full reward model, EOS behind every prefix", "partial reward model"]
     assert above.get_xlim() == below.get_xlim()
     assert list(below.lines[1].get_xydata()[0]) == [50, pytest.approx(4 / 6)]
     assert below.collections[0].get_segments()[0][:, 1].tolist() == [0, 1]

@@ -38,7 +38,7 @@ from true_quality import mean_quality
 from pargs.figures import GREY, PALETTE
 from pargs.files import write_whole
 from pargs.models import Policy, encode_for_policy, load_policy
-from pargs.runs import Method, Step
+from pargs.runs import Cost, Method, Step
 from pargs.statistics import bootstrap_interval
 
 OUTPUTS = {f"average_reward.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")}
@@ -229,6 +229,99 @@ def test_responses_are_matched_by_prompt_not_by_place(tmp_path, report):
     write_generations(tmp_path, "ARGS", texts[:3], [order[0], *order[2:]])
     _, printed = report()
     assert "generation_args.json has no response for 1 of 4 rows (row 2) of baseline_results.csv" in printed
+
+
+# What the records say
+
+
+def test_who_marked_each_method(tmp_path, report):
+    """A path of the run's directory, one from here and one from the root may be the same model."""
+    (tmp_path / "run/full").mkdir(parents=True)
+    (tmp_path / "partial").mkdir()
+    methods = {
+        "ARGS": Method(policy="base", guide=str(tmp_path / "run/full"), weight=1),
+        "PARGS": Method(policy="base", guide="partial", weight=1),
+        "BESTN": Method(policy="base", best_of=3, chooser="./full/"),
+        "TOP_K": Method(policy="base"),
+    }
+
+    def marks(*runs: str) -> dict[str, str]:
+        table, printed = report(*runs)
+        assert "Scored by: what the model" in printed
+        rows = [line.split("|") for line in (tmp_path / "average_reward.md").read_text().splitlines()]
+        at = [cell.strip() for cell in rows[0]].index("Scored by")
+        shown = {row[1].strip(): row[at].strip() for row in rows[2:] if len(row) > at}
+        assert shown.pop("reference") == "–" and pd.isna(table.loc["reference", "evaluator_was"])
+        assert shown == table["evaluator_was"].drop("reference").fillna("–").to_dict()
+        return shown
+
+    for name in ("run", "other"):
+        write_rewards(tmp_path / name, **dict.fromkeys(methods, NUMBERS), reference=NUMBERS)
+    write_records(tmp_path / "run", "base", evaluator="full", **methods)
+    another = {name.replace("_", "-"): "another model" for name in methods}
+    by_full = another | {"ARGS": "its guide", "BESTN": "its chooser"}
+    assert marks("run") == by_full
+    shutil.copy(tmp_path / "average_reward.csv", tmp_path / "run")
+    run_script(show_generations, tmp_path / "run")
+    page = read_page(tmp_path / "run")["table"]
+    column = [row[page["columns"].index("Scored by")] for row in page["rows"]]
+    assert column == ["its guide", "another model", "its chooser", "another model", "–"]
+
+    write_records(tmp_path / "other", "base", evaluator=str(tmp_path / "partial"), **methods)
+    assert marks("other") == another | {"PARGS": "its guide"}
+    assert marks("run", "other") == dict.fromkeys(another, "mixed") | {"TOP-K": "another model"}
+    write_records(tmp_path / "other", "base", evaluator=str(tmp_path / "run/full"), **methods)
+    assert marks("run", "other") == by_full | {"BESTN": "mixed"}  # the other run has no ./full/
+
+    write_records(tmp_path / "other", "base", **methods)  # an older record does not say it
+    assert marks("run", "other") == dict.fromkeys(another, "mixed")
+    table, printed = report("other")
+    assert "evaluator_was" not in table and "Scored by" not in printed
+
+
+def test_costs_by_hand(tmp_path, report):
+    def cost(responses: int, seconds: float, tokens: int, calls: int) -> Cost:
+        return Cost(responses=responses, seconds=seconds, tokens=tokens, reward_calls=calls, reward_tokens=0)
+
+    methods = {
+        "ARGS": Method(policy="base", guide="full", weight=1),
+        "BESTN": Method(policy="base", best_of=3, chooser="full"),
+        "TOP_K": Method(policy="base"),
+        "DPO": Method(policy="tuned"),
+    }
+    costs = {
+        "ARGS": cost(2, 3.0, 10, 120),  # a launch that went on with an earlier one and wrote two of four
+        "BESTN": cost(12, 2.0, 60, 12),  # of 60 tokens written 20 are delivered
+        "TOP_K": cost(4, 0.5, 20, 0),
+        "DPO": cost(0, 0.0, 0, 0),  # whose last launch found everything written
+    }
+    columns = ["reward_calls_per_token", "seconds_per_prompt"]
+    for name in ("a", "b"):
+        write_rewards(tmp_path / name, **dict.fromkeys(methods, NUMBERS), reference=NUMBERS)
+        write_generations(tmp_path / name, "BESTN", ["w x y z u"] * 4)
+        write_records(tmp_path / name, "base", costs=costs, **methods)
+    table, printed = report("a")
+    assert list(table.loc["ARGS", columns]) == [12, 1.5]
+    assert list(table.loc["BESTN", columns]) == [pytest.approx(12 / 20), 0.5]
+    assert list(table.loc["TOP-K", columns]) == [0, 0.125]
+    assert table.loc[["DPO", "reference"], columns].isna().all(axis=None)
+    assert "per token delivered; Seconds / prompt" in printed
+    (row,) = [
+        line for line in (tmp_path / "average_reward.tex").read_text().splitlines() if "BESTN &" in line
+    ]
+    assert row.endswith(r"& 0.60 & 0.5 \\")
+
+    # Pooled: the mean of the runs that have a cost. Samples of an earlier launch were chosen among as well.
+    costs["BESTN"], costs["TOP_K"] = cost(9, 2.0, 45, 12), cost(4, 1.5, 20, 0)
+    write_records(tmp_path / "b", "base", costs=costs, **methods)
+    table, printed = report("a", "b")
+    assert list(table.loc["TOP-K", columns]) == [0, 0.25]
+    assert list(table.loc["BESTN", columns]) == [pytest.approx(0.6), 0.5]
+    assert "b: no cost of BESTN: its last launch went on with an earlier one" in printed
+
+    (tmp_path / "b/methods.json").unlink()
+    table, printed = report("b")
+    assert not {*columns} & {*table} and "Seconds / prompt" not in printed
 
 
 # What is written
