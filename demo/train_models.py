@@ -316,38 +316,39 @@ def fit_whole_responses(
     trainer.train()
 
 
-def encode_whole_responses(rows: list[dict], tokenizer: Any, eos: bool = True) -> Dataset:
-    """Both sides of each row as a decoder-only reward model reads whole responses, with their EOS or not."""
-    prompts = [row["prompt"] for row in rows]
-    prompt_ids, ids = encode_texts(tokenizer, prompts), {}
-    for side in SIDES:
-        responses = encode_with_prefixes(tokenizer, prompts, [row[side] for row in rows], causal=True)
-        ends = [response.ids if eos else response.ids[:-1] for response in responses]
-        ids[f"{side}_ids"] = [own + end for own, end in zip(prompt_ids, ends, strict=True)]
-    return Dataset.from_dict(ids)
-
-
 def train_causal_reward_model(
-    policy: Path,
-    rows: list[dict],
-    validation: list[dict],
-    work: Path,
-    seed: int,
-    rates: dict[str, Any],
-    eos: bool = True,
+    policy: Path, rows: list[dict], validation: list[dict], work: Path, seed: int, rates: dict[str, Any]
 ) -> Loaded:
-    """A reward head on the policy, read at the last token of whole responses: their EOS, or without it."""
+    """A reward head on the policy, read at the EOS that ends a whole response."""
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    reward_model: Any = AutoModelForSequenceClassification.from_pretrained(
-        policy, num_labels=1, dtype=torch.float32
-    )
-    # The classifier reads the last token that is no padding: where an EOS is read, padding is another token.
-    padding = copy.deepcopy(tokenizer)
-    padding.pad_token = tokenizer.convert_ids_to_tokens(1) if eos else tokenizer.eos_token
-    reward_model.config.pad_token_id = padding.pad_token_id
 
-    pairs, held_out = (encode_whole_responses(some, tokenizer, eos) for some in (rows, validation))
-    fit_whole_responses(reward_model, padding, pairs, held_out, work, seed, rates)
+    def encode(some: list[dict]) -> Dataset:
+        prompts = [row["prompt"] for row in some]
+        prompt_ids, ids = encode_texts(tokenizer, prompts), {}
+        for side in SIDES:
+            responses = encode_with_prefixes(tokenizer, prompts, [row[side] for row in some], causal=True)
+            pairs = zip(prompt_ids, responses, strict=True)
+            ids[f"{side}_ids"] = [prompt + response.ids for prompt, response in pairs]
+        return Dataset.from_dict(ids)
+
+    reward_model, padding = start_reward_model(policy, eos=True)
+    fit_whole_responses(reward_model, padding, encode(rows), encode(validation), work, seed, rates)
+    return reward_model, tokenizer
+
+
+def start_reward_model(start: Path, eos: bool) -> Loaded:
+    """A model with a reward head, and the tokenizer that pads for it while it trains.
+
+    A decoder-only classifier is read at the last token that is no padding: where that is an EOS, padding has
+    to be another token.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(start)
+    reward_model: Any = AutoModelForSequenceClassification.from_pretrained(
+        start, num_labels=1, dtype=torch.float32
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1) if eos else tokenizer.eos_token
+        reward_model.config.pad_token_id = tokenizer.pad_token_id
     return reward_model, tokenizer
 
 
