@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The five stages in README order.
 #
-#   bash run.sh                      on a laptop: a small world, small models, a CPU; in runs/demo/
+#   bash run.sh                      a small world, small models, on the CPU of a laptop; in runs/demo/, and the
+#                                    same stages with causal reward models in runs/demo/causal*/
 #   bash run.sh paper                the paper's models and data; in runs/paper/
 #   bash run.sh demo decode report   only these steps, of: data reward dpo decode report; decoding goes on
 #                                    where it was stopped
@@ -25,17 +26,25 @@ done
 
 case $mode in
 demo)
-    # Two layers of 128 dimensions, posts of 50 to 90 tokens, 300 comparisons for the prefixes, 100 prompts.
+    # Two layers of 128 dimensions, posts of 50 to 90 tokens; for the encoder four prefix lengths of each of 1,000
+    # comparisons, and 50 prompts.
+    # The causal half is cheaper: all 4,000 comparisons, all 200 prompts. The rewards of either half are those
+    # of the other one's full reward model: no method is marked by its own guide.
     policy=$root/demo/models/summariser
     full_reward_model=$root/demo/models/full-reward-model
+    causal_reward_model=$root/demo/models/causal-reward-model
     ppo_policy=$root/demo/models/rl-summariser
-    prefix_data=(--num_comparisons 300 --num_validation_comparisons 128)
-    reward=(--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --learning_rate 3e-5
-        --gradient_checkpointing False --eval_steps 100000 --eval_entries 512 --save_strategy no
+    training=(--gradient_accumulation_steps 1 --gradient_checkpointing False --save_strategy no
         --report_to none)
-    dpo=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --max_steps 100
-        --gradient_checkpointing False --max_length 160 --save_strategy no --report_to none)
-    decode=(--num_prompts 100 --max_new_tokens 32 --trace)
+    prefix_data=(--num_comparisons 1000 --lengths_per_comparison 4 --num_validation_comparisons 128)
+    reward=(--per_device_train_batch_size 32 --learning_rate 1e-4 --eval_steps 100000 --eval_entries 512
+        "${training[@]}")
+    dpo=(--per_device_train_batch_size 8 --learning_rate 1e-3 --max_steps 100 --max_length 160
+        "${training[@]}")
+    decode=(--num_prompts 50 --max_new_tokens 48 --evaluation_reward_model "$causal_reward_model" --trace)
+    causal_prefix_data=(--num_comparisons 0 --num_validation_comparisons 128)
+    causal_reward=(--per_device_train_batch_size 32 --learning_rate 3e-4 --eval_steps 100000 "${training[@]}")
+    causal_decode=(--num_prompts 0 --max_new_tokens 48 --evaluation_reward_model "$full_reward_model")
     ;;
 paper)
     policy=vistagi/gpt2-large-tldr-sum
@@ -55,8 +64,46 @@ mkdir -p "runs/$mode"
 cd "runs/$mode"
 
 stage() {
-    printf '\n\033[1m+ %s\033[0m\n' "$*"
+    printf '\n\033[1m%s + %s\033[0m\n' "${PWD#"$root"/}" "$*"
     "$@"
+}
+
+# stage_in DIRECTORY ...: the same in a directory below the run's.
+stage_in() (
+    mkdir -p "$1"
+    cd "$1"
+    shift
+    stage "$@"
+)
+
+# A step of the causal half. causal-w3 weighs the reward more; causal-closed asks ARGS' guide with an EOS
+# behind every prefix, where it was trained to be read.
+causal() {
+    local data=(--dataset ../summarize_from_feedback)
+    local decode_in=(python "$root/PARGS_decode/PARGS_baselines.py" --policy "$policy" "${data[@]}"
+        --full_reward_model "$causal_reward_model" "${causal_decode[@]}" "${overwrite[@]}")
+    case $1 in
+    data)
+        stage_in causal python "$root/DataProcess/tldr_data_process_partial.py" "${data[@]}" \
+            --reward_model "$causal_reward_model" "${causal_prefix_data[@]}"
+        ;;
+    reward)
+        stage_in causal python "$root/partial_reward_training/tldr_partial_reward_model.py" \
+            --model_name_or_path "$causal_reward_model" "${causal_reward[@]}"
+        ;;
+    decode)
+        stage_in causal "${decode_in[@]}" --methods ARGS PARGS-G PARGS BESTN TOP-K GREEDY
+        stage_in causal-w3 "${decode_in[@]}" --methods ARGS PARGS-G --args_weight 3 --pargs_g_weight 3 \
+            --partial_reward_model ../causal/partial_reward_modeling_tldr
+        stage_in causal-closed "${decode_in[@]}" --methods ARGS --args_eos always
+        ;;
+    report)
+        stage_in causal python "$root/Evaluation/show_result.py" "${data[@]}" --policy "$policy"
+        stage_in causal python "$root/Evaluation/prefix_accuracy.py" "${data[@]}" \
+            --full_reward_model "$causal_reward_model"
+        stage python "$root/demo/true_quality.py" . causal causal-w3 causal-closed
+        ;;
+    esac
 }
 
 # Results of models that are trained anew here are old ones; `decode` alone goes on where it was stopped.
@@ -85,7 +132,6 @@ for step in $steps; do
         ;;
     report)
         stage python "$root/Evaluation/show_result.py" --policy "$policy"
-        [ "$mode" != demo ] || stage python "$root/demo/true_quality.py"
         stage python "$root/Evaluation/prefix_accuracy.py" --full_reward_model "$full_reward_model"
         stage python "$root/Evaluation/show_generations.py"
         if [ -n "${OPENAI_API_KEY:-}" ]; then
@@ -95,9 +141,12 @@ for step in $steps; do
         fi
         ;;
     esac
+    [ "$mode" != demo ] || causal "$step"
 done
 
-if [ -e average_reward.png ]; then
+if [ "$mode" = demo ]; then
+    [ ! -e true_quality.png ] || printf '\npicture  %s\n' "$PWD/true_quality.png"
+elif [ -e average_reward.png ]; then
     printf '\ntable   %s\nfigure  %s\npage    %s\n' "$PWD/average_reward.md" "$PWD/average_reward.png" \
         "$PWD/generations.html"
 fi

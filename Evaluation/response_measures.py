@@ -45,7 +45,7 @@ def measure_responses(
 
 
 def who_marked(runs: list[Run], method: str) -> str | None:
-    """What the reward model of the table was to a method, if the runs agree; None where no record says it."""
+    """What the reward model of the table was to a method; "mixed" where runs differ, None where none says."""
     found = {role_of_evaluator(run, method) for run in runs}
     return found.pop() if len(found) == 1 else "mixed"
 

@@ -104,6 +104,8 @@ def find_fault(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(known, (2, max_new_tokens), generator=generator).tolist()
     candidates = torch.randint(known, (2, k), generator=generator).to(reward_model.model.device)
+    if len(cached.eos_ids):
+        candidates[:, 0] = cached.eos_ids[0]  # one that ends the response
 
     try:
         afresh.begin(probes)
@@ -161,7 +163,7 @@ class RereadingGuide:
         """Nothing is held for a response between two steps."""
 
     def score(self, responses: list[Response], candidates: torch.Tensor) -> torch.Tensor:
-        """Rewards [batch, k] of each prefix continued by each candidate; an EOS finishes the response."""
+        """Rewards [batch, k] of each prefix continued by each candidate; `eos` says which read an EOS."""
         prompts, prefixes, finished = [], [], []
         for response, tokens in zip(responses, candidates.tolist(), strict=True):
             for token in tokens:
@@ -182,9 +184,8 @@ class RereadingGuide:
 
 
 class CachedGuide:
-    """Scores candidates with the reward model's own cache: k + 1 tokens a step, each candidate by itself.
-
-    Where an EOS closes every prefix, it is k more.
+    """Scores candidates with the reward model's own cache: k + 1 tokens a step, each candidate by itself;
+    2 k + 1 where an EOS closes every one.
     """
 
     def __init__(

@@ -68,13 +68,14 @@ def choose_dtype(name: Precision, device: torch.device) -> torch.dtype:
 def reset_peak(device: torch.device) -> None:
     """Begin to measure `peak_gb` anew, where that can be done: on a GPU."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        for at in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(at)
 
 
 def peak_gb(device: torch.device) -> float:
-    """Most memory that was taken, in GB: of this process's GPU since `reset_peak`."""
+    """Most memory that this process took, in GB: on all GPUs together, since `reset_peak`."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return sum(torch.cuda.max_memory_allocated(at) for at in range(torch.cuda.device_count())) / 1e9
     # On a CPU it is the peak of the process so far, whichever method took it; Linux counts in kB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 

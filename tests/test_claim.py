@@ -93,12 +93,8 @@ def test_an_arm_records_what_came_of_it(data: Path, tmp_path: Path) -> None:
 
     # The sampled arm's own log-probability, from plain forward passes: every EOS and prefix as trained.
     policy = get_policy(arms.POLICY, settings)
-    response = next(
-        each
-        for each in arms.decoding.decode_method(
-            "partial, w = 2", prompts, template, replace(settings, seed=11)
-        ).responses
-    )
+    name, settings = "partial, w = 2", replace(settings, seed=11)
+    response = arms.decoding.decode_method(name, prompts, template, settings).responses[0]
     own = load_reward_model(guide, torch.float32, "cpu", 4000)
     total = 0.0
     for at, token in enumerate(response.written_ids):
@@ -122,6 +118,7 @@ def test_prefixes_are_ranked_as_the_guide_reads_them(guide_eos: str, expected: l
     assert [arms.read_as(own, prefix, guide_eos) for prefix in ([5, 0], [5])] == expected
 
 
+@pytest.mark.slow
 def test_the_best_of_n_is_the_best_of_the_first_n(data: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "results").mkdir()
     names = ("quality", "reward", "causal_reward", "tokens", "eos", "log_p")
@@ -150,10 +147,6 @@ def test_a_candidate_is_worth_what_the_policy_makes_of_it(data: Path) -> None:
     ((ended, going_on),) = candidates.roll_out(policy, [state], [[0, 40]], facts, settings)
     assert ended == pytest.approx(true_quality(" My boss is difficult.", facts[0])["total"])
     assert 0 <= going_on <= 1
-    room = replace(settings, max_new_tokens=arms.MAX_NEW_TOKENS)
-    assert candidates.roll_out(policy, [state], [[0, 40]], facts, room) == [
-        [ended, going_on]
-    ]  # the same draws
 
 
 def test_arms_are_compared_prompt_by_prompt() -> None:
@@ -163,7 +156,32 @@ def test_arms_are_compared_prompt_by_prompt() -> None:
     found = claim_figures.compare(first, second, "quality")
     assert found["difference"] == pytest.approx(0.375) and found["prompts"] == 2
     assert found["low"] == pytest.approx(0.25) and found["high"] == pytest.approx(0.5)
+    by_seed = claim_figures.compare(first.assign(training_seed=[1, 2, 1, 2]), second, "quality")
+    assert (by_seed["seed_1"], by_seed["seed_2"]) == pytest.approx((0.625, 0.125)) and "seed_3" not in by_seed
     described = claim_figures.describe(first.assign(training_seed=[1, 2, 1, 2]), "quality")
     assert described["quality"] == 0.5
     assert (described["quality_seed_min"], described["quality_seed_max"]) == (0.25, 0.75)
     assert np.isclose(described["quality_low"], 0.5)
+
+
+def test_candidates_count_where_a_guide_can_decide() -> None:
+    """Near candidates of clearly different value, alone and by log pi + w r; a post counts once."""
+    state = {"post": [0, 0], "log_probs": [[-1.0, -2.0, -6.0], [-1.0, -1.5, -2.0]]}
+    values = [[0.2, 0.8, 0.9], [0.5, 0.55, 0.9]]  # the third of the first is too improbable
+    rewards = {"partial": {"1": [[0.0, 1.5, -9.0], [0.0, 0.0, -1.0]]}}
+    pairs = claim_figures.judge_pairs(state | {"values": values, "rewards": rewards})
+    right = pairs.set_index(["label", "weight"])["right"].to_dict()
+    assert right["log pi", 0.0] == 0  # of three pairs: one of the first state, two of the second
+    assert right["partial", np.inf] == pytest.approx(1 / 3)
+    assert right["partial", 1.0] == pytest.approx(1 / 3)
+    assert list(pairs["pairs"].unique()) == [3]
+
+
+def test_going_on_is_weighed_against_ending(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    state = {"post": [0], "candidates": [[" and", ".", "", " my"]], "ends": [[False, False, True, False]]}
+    state |= {"log_probs": [[-1.0, -1.5, -2.0, -3.0]], "values": [[0.2, 0.6, 0.4, 0.9]]}
+    state["rewards"] = {"partial": {"1": [[1.0, 2.0, 4.0, 9.0]], "2": [[3.0, 2.0, 2.0, 9.0]]}}
+    (tmp_path / "results/joints.json").write_text(json.dumps(state))
+    table = claim_figures.joint_table(tmp_path).set_index("label")["going_on"]
+    assert table.to_dict() == pytest.approx({"log pi": 0.75, "value": -0.3, "partial": -0.5})

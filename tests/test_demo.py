@@ -244,9 +244,8 @@ def test_the_report_scores_each_method(world: Path, capsys) -> None:
     assert list(table.index) == ["ARGS", "TOP-K"]
     assert list(table["n"]) == [15, 15] and list(table["run"]) == [".", "."]
     args, top_k = table.loc["ARGS"], table.loc["TOP-K"]
-    assert (
-        args["true_quality"] > 0.97 and args["interval_low"] <= args["true_quality"] <= args["interval_high"]
-    )
+    assert args["true_quality"] > 0.97
+    assert args["interval_low"] <= args["true_quality"] <= args["interval_high"]
     # No invention, no repetition, brevity.
     columns = ["true_quality", "standard_error", "interval_low", "interval_high", "reward"]
     assert list(top_k[columns]) == pytest.approx([0.3, 0, 0.3, 0.3, 7])
@@ -309,11 +308,9 @@ def guided(guide: object, **changes: object) -> Method:
 
 def test_runs_are_compared_with_those_of_the_same_prompts(world: Path, made: Path, undrawn, capsys) -> None:
     """What guided a method is as recorded; the guide of a run is named from its directory."""
-    shutil.copytree(
-        MODELS / "summariser", world / "guide"
-    )  # its configuration is that of a decoder-only model
+    shutil.copytree(MODELS / "causal-reward-model", world / "guide")
     encoder = MODELS / "full-reward-model"
-    write_records(write_run(world, made, ARGS=" Help.", GREEDY=None), "p", ARGS=guided(encoder))
+    write_records(write_run(world, made, ARGS=" Help.", GREEDY=None), "p", ARGS=guided("guide", weight=2))
     pd.read_csv(world / CSV)[:14].to_csv(world / CSV, index=False)  # fewer prompts than the others have
     for method in ("args", "greedy"):
         rows = json.loads((world / f"generation_{method}.json").read_text())
@@ -335,8 +332,8 @@ def test_runs_are_compared_with_those_of_the_same_prompts(world: Path, made: Pat
     fewer, all_of_them = (f"is {gap:.3f}" for gap in gaps)
     words = capsys.readouterr().out.partition("True quality, paired")[2].splitlines()[1:]
     assert [re.sub(r" \[.*\]", "", line) for line in words] == [
-        f"{world.name} (encoder guides, 14 prompts)",
-        f"- ARGS (w = 1) {fewer} below GREEDY.",
+        f"{world.name} (decoder-only guides, 14 prompts)",
+        f"- ARGS (w = 2) {fewer} below GREEDY.",
         "open (decoder-only guides, 15 prompts)",
         f"- ARGS (w = 1) {all_of_them} above GREEDY.",
         "heavy (decoder-only and encoder guides, 15 prompts)",
@@ -405,14 +402,20 @@ def test_run_sh_tells_both_halves_of_the_demo_and_the_paper_alone(tmp_path: Path
     decoded = [(place, arguments) for place, script, arguments in whole if script == "PARGS_baselines"]
     assert all("--overwrite" in arguments for _, arguments in decoded)
     assert not [arguments for _, _, arguments in later if "--overwrite" in arguments]
-    places = [place for place, _ in decoded]
     if mode == "paper":
         assert {place for place, *_ in whole} == {""} and len(whole) == 8
         assert "true_quality" not in [script for _, script, _ in whole]
         assert "--evaluation_reward_model" not in decoded[0][1]
         return
 
-    assert places == ["", "/causal", "/causal-w3", "/causal-closed"]
+    assert [place for place, _ in decoded] == ["", "/causal", "/causal-w3", "/causal-closed"]
+    assert [script for place, script, _ in whole if place == "/causal"] == [
+        "tldr_data_process_partial",
+        "tldr_partial_reward_model",
+        "PARGS_baselines",
+        "show_result",
+        "prefix_accuracy",
+    ]
     models = f"{tmp_path}/demo/models"
     by_guide = [f"--evaluation_reward_model {models}/{name}-reward-model" for name in ("causal", "full")]
     assert [by_guide[0] in arguments for _, arguments in decoded] == [True, False, False, False]

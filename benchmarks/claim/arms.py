@@ -39,6 +39,7 @@ EVALUATORS = {
     "encoder": str(DEMO_MODELS / "full-reward-model"),
     "causal": str(DEMO_MODELS / "causal-reward-model"),
 }
+SEEDS = (1, 2, 3)  # of training
 MAX_NEW_TOKENS = 48
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 NUM_SAMPLES = (1, 2, 4, 8, 16, 32)
@@ -253,7 +254,7 @@ def choose_best(data: Path, models: Path, kinds: tuple[str, ...], seed: int, out
                 best = by_prompt[:, :n].argmax(1) + count * np.arange(len(prompts))
                 chosen = {
                     name: [samples[name][at] for at in best]
-                    for name in ("quality", "reward", "causal_reward", "tokens", "eos", "log_p")
+                    for name in ("quality", "reward", "causal_reward", "tokens", "eos", "log_p", "log_q")
                 }
                 row = {"label": f"best of n by {kind}", "n": n, "training_seed": seed}
                 row |= {"sampling_seed": samples["sampling_seed"], "own": own[best].tolist()}

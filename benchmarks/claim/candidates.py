@@ -1,20 +1,21 @@
 """Do guides know a good candidate from a bad one? Candidates of one step, each with what comes of it.
 
-On validation posts: the policy samples a summary, which is cut at random; each of the top k tokens there is
-a candidate. Its value is the mean true quality of the summaries that the policy samples from there on (an EOS
-ends it: that summary's own quality). A guide is right about two candidates if it scores the one of higher
-value higher. That is what guiding asks of it; ranking the prefixes of two summaries is another question.
+On validation posts: a summary is cut, and each of the top k tokens there is a candidate. Its value is the
+mean true quality of the summaries that the policy samples from there on (an EOS ends it: that summary's own
+quality). A guide is right about two candidates if it scores the one of higher value higher. That is what
+guiding asks of it; ranking the prefixes of two summaries is another question.
 """
 
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PARGS_baselines as decoding
 import torch
-from arms import MAX_NEW_TOKENS, POLICY, READINGS, make_settings
+from arms import MAX_NEW_TOKENS, POLICY, READINGS, SEEDS, make_settings
 from guides import choose_guide
 from prompts import load_prompts
 from quality import true_quality
@@ -28,35 +29,85 @@ from pargs.models import Policy
 from pargs.runs import Method
 
 NUM_POSTS, STATES_A_POST, ROLLOUTS = 150, 2, 16
+NEAR = 4.0  # nats below the most probable candidate: further down a guide seldom changes what is taken
+GOING_ON, ENDING = ("and", "yes"), (".", ",", "?")
 
 
 def judge_candidates(data: Path, models: Path, output: Path) -> None:
-    """For each state: the candidates' log-probabilities, values, and every guide's rewards of them."""
+    """At random places of summaries that the policy samples: most of them are not where it matters."""
     settings = make_settings(data, seed=21, cache_gb=0.5)
-    dataset, notes = read_dataset(settings.dataset, {"validation": ["prompt"]}, "")
-    prompts = list(dict.fromkeys(dataset["validation"]["prompt"]))[:NUM_POSTS]
-    policy, template = get_policy(POLICY, settings), notes["template"]
-    states = draw_states(policy, prompts, template, settings)
-    candidates, log_probs = propose(policy, states, settings.k)
+    policy, prompts, template = read_validation(data, settings)
+    decoding.METHODS["states"] = lambda _: Method(policy=POLICY)
+    sampled = decoding.decode_method("states", prompts[:NUM_POSTS], template, settings).responses
+    rng = random.Random(0)
+    cuts = [sorted(rng.sample(range(len(each.ids)), min(STATES_A_POST, len(each.ids)))) for each in sampled]
+    states = [cut_response(each, cut) for each, own in zip(sampled, cuts, strict=True) for cut in own]
+    write_text(output, json.dumps(judge_states(data, models, policy, states, template, settings)))
 
+
+def judge_joints(data: Path, models: Path, output: Path) -> None:
+    """Where the policy's greedy summary could go on or come to an end: both are among the candidates.
+
+    At most two places of a post, the first ones.
+    """
+    settings = make_settings(data, seed=23, cache_gb=0.5)
+    policy, prompts, template = read_validation(data, settings)
+    decoding.METHODS["greedy path"] = lambda _: Method(policy=POLICY, greedy=True)
+    written = decoding.decode_method("greedy path", prompts, template, settings).responses
+    states = []
+    for response in written:
+        all_cuts = [cut_response(response, cut) for cut in range(len(response.written_ids))]
+        proposed = zip(all_cuts, *propose(policy, all_cuts, settings.k), strict=True)
+        states += [state for state, ids, log_probs in proposed if is_joint(policy, ids, log_probs)][:2]
+    write_text(output, json.dumps(judge_states(data, models, policy, states, template, settings)))
+
+
+def is_joint(policy: Policy, candidates: list[int], log_probs: list[float]) -> bool:
+    """Whether a word that goes on and a mark that ends the clause are both likely."""
+    near = [token for token, value in zip(candidates, log_probs, strict=True) if value > log_probs[0] - NEAR]
+    words = [word.strip() for word in decode_each(policy, near)]
+    ends = any(word in ENDING for word in words) or any(token in policy.eos_ids for token in near)
+    return ends and any(word in GOING_ON for word in words)
+
+
+def read_validation(data: Path, settings: decoding.Settings) -> tuple[Policy, list[str], str]:
+    dataset, notes = read_dataset(settings.dataset, {"validation": ["prompt"]}, "")
+    prompts = list(dict.fromkeys(dataset["validation"]["prompt"]))
+    return get_policy(POLICY, settings), prompts, notes["template"]
+
+
+def cut_response(response: Response, length: int) -> Response:
+    return Response(response.prompt, response.prompt_ids, 0, response.ids[:length])
+
+
+def judge_states(
+    data: Path,
+    models: Path,
+    policy: Policy,
+    states: list[Response],
+    template: str,
+    settings: decoding.Settings,
+) -> dict[str, Any]:
+    """For each state: the candidates' log-probabilities, values, and every guide's rewards of them."""
+    candidates, log_probs = propose(policy, states, settings.k)
     facts = facts_of_prompts(read_facts(data / "demo_facts.json"), [state.prompt for state in states])
-    values = roll_out(policy, states, candidates, facts, settings)
-    result = {
+    rewards = {
+        label: {
+            seed: ask_each(models / f"{kind}-s{seed}", label, policy, states, candidates, template, settings)
+            for seed in SEEDS
+        }
+        for label, (kind, _) in READINGS.items()
+    }
+    prompts = list(dict.fromkeys(state.prompt for state in states))
+    return {
         "prefix": decode_texts(policy.tokenizer, [state.ids for state in states]),
         "post": [prompts.index(state.prompt) for state in states],
         "candidates": [decode_each(policy, ids) for ids in candidates],
         "ends": [[token in policy.eos_ids for token in ids] for ids in candidates],
         "log_probs": log_probs,
-        "values": values,
-        "rewards": {},
+        "values": roll_out(policy, states, candidates, facts, settings),
+        "rewards": rewards,
     }
-    for folder in sorted(models.iterdir()):
-        for label, (kind, _) in READINGS.items():
-            if folder.name.rpartition("-s")[0] == kind:
-                rewards = ask_each(folder, label, policy, states, candidates, template, settings)
-                seed = folder.name.rpartition("-s")[2]
-                result["rewards"].setdefault(label, {})[seed] = rewards
-    write_text(output, json.dumps(result))
 
 
 def ask_each(
@@ -80,20 +131,6 @@ def ask_each(
 
 def decode_each(policy: Policy, ids: list[int]) -> list[str]:
     return policy.tokenizer.batch_decode([[token] for token in ids])
-
-
-def draw_states(
-    policy: Policy, prompts: list[str], template: str, settings: decoding.Settings
-) -> list[Response]:
-    """Summaries that the policy samples, each cut at random places."""
-    decoding.METHODS["states"] = lambda _: Method(policy=POLICY)
-    sampled = decoding.decode_method("states", prompts, template, settings).responses
-    rng = random.Random(0)
-    return [
-        Response(response.prompt, response.prompt_ids, 0, response.ids[:cut])
-        for response in sampled
-        for cut in sorted(rng.sample(range(len(response.ids)), min(STATES_A_POST, len(response.ids))))
-    ]
 
 
 def propose(policy: Policy, states: list[Response], k: int) -> tuple[list[list[int]], list[list[float]]]:

@@ -10,16 +10,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from arms import SEEDS, make_settings
+from candidates import ENDING, GOING_ON, NEAR
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from prompts import load_prompts
+from quality import WEIGHTS, true_quality
+from true_quality import facts_of_prompts, read_facts
 
 from pargs.figures import EDGE, save_figure, style_axes
 from pargs.files import write_text
 from pargs.statistics import bootstrap_interval, mcnemar
 
 RESAMPLES = 9999
-NEAR = 4.0  # nats below the most probable candidate: about what a guide of w = 1 can make up for
-CLEAR = 0.1  # of true quality
+CLEAR = 0.1  # of true quality: differences below are mostly the noise of the rollouts
 READING_ORDER = ("full open", "full closed", "full bare", "last", "partial", "partial from full")
 COLOURS = {
     "full open": "#c8553d",
@@ -90,6 +94,9 @@ def read_best(out: Path, kind: str) -> pd.DataFrame:
     for row in read_results(out, f"best-{kind}-*.json"):
         names = ("quality", "reward", "causal_reward", "own", "tokens", "eos")
         table = pd.DataFrame({name: row[name] for name in names})
+        if kind == "encoder":
+            table["reward"] = table["causal_reward"]  # as for all whose guide is an encoder
+        table["kl_of_samples"] = np.subtract(row["log_q"], row["log_p"])
         for name in ("label", "n", "training_seed", "sampling_seed"):
             table[name] = row[name]
         tables.append(table.assign(prompt=table.index))
@@ -115,10 +122,22 @@ def describe(rows: pd.DataFrame, value: str) -> dict[str, float]:
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, value: str) -> dict[str, float]:
-    """The paired difference first - second: mean, interval over prompts, and that of each training seed."""
+    """The paired difference first - second: mean, interval over prompts, and that of each training seed.
+
+    What has no training seed (no guide) stands beside every seed.
+    """
     differences = (by_prompt(first, value) - by_prompt(second, value)).dropna()
     low, high = bootstrap_interval(differences.to_numpy(), RESAMPLES, 0)
-    return {"difference": differences.mean(), "low": low, "high": high, "prompts": len(differences)}
+    found = {"difference": differences.mean(), "low": low, "high": high, "prompts": len(differences)}
+    for seed in SEEDS:
+        of_seed = [of_training_seed(rows, seed) for rows in (first, second)]
+        if all(len(rows) for rows in of_seed):
+            found[f"seed_{seed}"] = (by_prompt(of_seed[0], value) - by_prompt(of_seed[1], value)).mean()
+    return found
+
+
+def of_training_seed(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    return rows[rows["training_seed"].isin([seed, 0])] if "training_seed" in rows else rows
 
 
 def by_weight(rows: pd.DataFrame) -> pd.DataFrame:
@@ -197,6 +216,7 @@ def draw_ranking(accuracy: pd.DataFrame) -> Figure:
         style_axes(axes, title, "part of the response seen")
         axes.set_xticks(range(10, 101, 10), [f"{percent}%" for percent in range(10, 101, 10)])
         axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    panels[0].set_ylim(0.38, 0.82)  # room for the legends
     panels[0].set_ylabel("chosen prefix scores above the rejected one")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     note = "held-out pairs whose prefixes differ; mean of 3 training seeds; bars: 95% bootstrap over pairs"
@@ -212,7 +232,6 @@ def draw_frontier(arms: pd.DataFrame, unguided: pd.DataFrame, best: pd.DataFrame
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     causal = arms[(arms["kind"] == "causal") & (arms["k"] == 10) & (arms["pairs"] == 4000)]
-    top_k = unguided[unguided["label"] == "top-k"]
     for axes, value in ((left, "reward"), (right, "quality")):
         axes.set_xscale("log")
         for label in ("full open", "full closed", "last", "partial", "partial from full"):
@@ -228,12 +247,13 @@ def draw_frontier(arms: pd.DataFrame, unguided: pd.DataFrame, best: pd.DataFrame
 
         rows = pd.DataFrame(
             [
-                {"n": n} | describe(own, value)
+                {"n": n, "kl": best_of_n_bound(own, n)} | describe(own, value)
                 for n, own in best[best["label"] == "best of n by full"].groupby("n")
             ]
         )
-        bound = np.log(rows["n"]) - (rows["n"] - 1) / rows["n"] + top_k["kl"].mean()
-        draw_curve(axes, bound, rows, value, COLOURS["best of n by full"], "^:", NAMES["best of n by full"])
+        draw_curve(
+            axes, rows["kl"], rows, value, COLOURS["best of n by full"], "^:", NAMES["best of n by full"]
+        )
         for label, marker in (("greedy", "*"), ("top-k", "D")):
             rows = unguided[unguided["label"] == label]
             at = rows["kl"].mean(), rows[value].mean()
@@ -246,6 +266,15 @@ def draw_frontier(arms: pd.DataFrame, unguided: pd.DataFrame, best: pd.DataFrame
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside lower center", ncols=2)
     return figure
+
+
+def best_of_n_bound(rows: pd.DataFrame, n: int) -> float:
+    """An upper bound of the KL of best-of-n from the policy, in nats.
+
+    KL(best || policy) = KL(best || samples) + E_best[log samples / policy]: the first term is at most
+    log n - (n - 1) / n (Beirami et al., 2024, arXiv:2401.01879), the second is measured.
+    """
+    return float(np.log(n) - (n - 1) / n + rows["kl_of_samples"].mean())
 
 
 def draw_curve(
@@ -292,60 +321,121 @@ def draw_hacking(arms: pd.DataFrame) -> Figure:
 # 4. Candidates
 
 
-def judge_pairs(out: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """How each guide does on pairs of candidates of one step: a row per guide, seed and post.
+def judge_pairs(found: dict[str, Any]) -> pd.DataFrame:
+    """How each guide does on pairs of candidates of one step: a row per guide, seed, weight and post.
 
-    Pairs count whose candidates are both within NEAR nats of the most probable one, so that the guide can
-    decide between them, and whose values are at least CLEAR apart, beyond the noise of 16 rollouts.
+    Pairs count whose candidates are both within NEAR nats of the most probable one, and whose values are at
+    least CLEAR apart. A guide is asked alone (weight inf), and as decoding asks it, by log pi + w * reward.
     """
-    found = json.loads((out / "results/candidates.json").read_text())
     values, log_probs = np.array(found["values"]), np.array(found["log_probs"])  # both [states, k]
     first, second = np.triu_indices(values.shape[1], 1)
     gaps = values[:, first] - values[:, second]  # [states, pairs of candidates]
     near = log_probs > log_probs[:, :1] - NEAR
     counts = near[:, first] & near[:, second] & (np.abs(gaps) >= CLEAR)
 
-    rows = []
-    guides = {("log pi", "0"): log_probs}
+    asked = {("log pi", "0", 0.0): log_probs}
     for label, seeds in found["rewards"].items():
-        guides |= {(label, seed): np.array(rewards) for seed, rewards in seeds.items()}
-    for (label, seed), rewards in guides.items():
-        right = np.sign(rewards[:, first] - rewards[:, second]) == np.sign(gaps)
+        for seed, rewards in seeds.items():
+            asked[label, seed, np.inf] = np.array(rewards)
+            for weight in (1.0, 2.0, 4.0):
+                asked[label, seed, weight] = log_probs + weight * np.array(rewards)
+
+    tables = []
+    for (label, seed, weight), scores in asked.items():
+        right = np.sign(scores[:, first] - scores[:, second]) == np.sign(gaps)
         table = pd.DataFrame(
             {"prompt": found["post"], "right": (right & counts).sum(1), "pairs": counts.sum(1)}
         )
         table = table.groupby("prompt", as_index=False).sum()
-        table = table[table["pairs"] > 0].assign(label=label, training_seed=int(seed))
-        rows.append(table.assign(right=table["right"] / table["pairs"]))
-    return pd.concat(rows, ignore_index=True), found
+        table = table[table["pairs"] > 0].assign(label=label, training_seed=int(seed), weight=weight)
+        tables.append(table.assign(right=table["right"] / table["pairs"]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def candidate_table(out: Path) -> pd.DataFrame:
-    """For each guide: how well it tells near candidates of one step apart, how far apart it puts them, and
-    how far the reward of ending lies above the mean of the others."""
-    pairs, found = judge_pairs(out)
-    log_probs, ends = np.array(found["log_probs"]), np.array(found["ends"])
-    near, has_end = log_probs > log_probs[:, :1] - NEAR, ends.any(1)
+    """For each guide and weight: how well near candidates of one step are told apart, beside the closed full
+    model; and how far apart the guide puts them."""
+    found = read_states(out, "candidates")
+    pairs, log_probs = judge_pairs(found), np.array(found["log_probs"])
+    several = (log_probs > log_probs[:, :1] - NEAR) & ~np.array(found["ends"])
+    several &= several.sum(1, keepdims=True) > 1
 
     table = []
-    for label, rows in pairs.groupby("label", sort=False):
-        row = {"label": label, "posts": rows["prompt"].nunique()} | describe(rows, "right")
+    for (label, weight), rows in pairs.groupby(["label", "weight"], sort=False):
+        row = {"label": label, "weight": weight, "posts": rows["prompt"].nunique()} | describe(rows, "right")
         if label != "log pi":
             of_seeds = [np.array(rewards) for rewards in found["rewards"][label].values()]
-            several = near & ~ends
-            several &= several.sum(1, keepdims=True) > 1
-            spreads = [np.where(several, r, np.nan)[several.any(1)] for r in of_seeds]
+            spreads = [np.where(several, rewards, np.nan)[several.any(1)] for rewards in of_seeds]
             row["spread"] = np.mean([np.nanstd(spread, axis=1).mean() for spread in spreads])
-            gaps = [
-                r[has_end][ends[has_end]] - np.nanmean(np.where(ends, np.nan, r)[has_end], 1)
-                for r in of_seeds
-            ]
-            row["ending_above_others"] = np.mean(gaps)
-            for other in ("full open", "full closed"):
-                if label != other:
-                    versus = compare(rows, pairs[pairs["label"] == other], "right")
-                    row |= {f"minus {other}, {name}": versus[name] for name in ("difference", "low", "high")}
+            closed = pairs[(pairs["label"] == "full closed") & (pairs["weight"] == weight)]
+            versus = compare(rows, closed, "right")
+            row |= {f"minus_closed_{name}": versus[name] for name in ("difference", "low", "high")}
         table.append(row)
+    return pd.DataFrame(table)
+
+
+def joint_table(out: Path) -> pd.DataFrame:
+    """Where a summary can go on or come to an end, for each guide: by how much its reward of going on lies
+    above that of ending; first the same of log pi and of the value."""
+    found = read_states(out, "joints")
+    words = np.char.strip(np.array(found["candidates"]))  # [states, k]
+    log_probs = np.array(found["log_probs"])
+    near = log_probs > log_probs[:, :1] - NEAR
+    on = near & np.isin(words, GOING_ON)
+    end = near & (np.isin(words, ENDING) | np.array(found["ends"]))
+
+    guides = {("log pi", 0): log_probs, ("value", 0): np.array(found["values"])}
+    for label, seeds in found["rewards"].items():
+        guides |= {(label, int(seed)): np.array(rewards) for seed, rewards in seeds.items()}
+    tables = []
+    for (label, seed), scores in guides.items():
+        means = [np.where(which, scores, 0).sum(1) / which.sum(1) for which in (on, end)]
+        table = pd.DataFrame({"prompt": found["post"], "going_on": means[0] - means[1]})
+        tables.append(table.assign(label=label, training_seed=seed))
+    rows = pd.concat(tables)
+    return pd.DataFrame(
+        [
+            {"label": label, "states": len(on), "posts": own["prompt"].nunique()} | describe(own, "going_on")
+            for label, own in rows.groupby("label", sort=False)
+        ]
+    )
+
+
+def read_states(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / f"results/{name}.json").read_text())
+
+
+def draw_joints(table: pd.DataFrame) -> Figure:
+    """What each guide says of going on where a summary could end, with intervals and ranges of seeds."""
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    rows = table.set_index("label").loc[list(READING_ORDER)]
+    for at, (label, row) in enumerate(rows.iterrows()):
+        colour = COLOURS[str(label)]
+        axes.plot([row["going_on_seed_min"], row["going_on_seed_max"]], [at, at], color=colour, alpha=0.35)
+        axes.plot([row["going_on_low"], row["going_on_high"]], [at, at], color=colour, linewidth=3)
+        axes.plot(row["going_on"], at, "o", color=colour, markersize=9, **EDGE)
+    axes.axvline(0, color="#444444", linewidth=1)
+    axes.set_yticks(range(len(rows)), [NAMES[str(label)] for label in rows.index])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    style_axes(axes, "Where a summary could end", "reward of going on, above that of ending", grid="x")
+    figure.supxlabel("thick: 95% bootstrap over posts; thin: range of 3 seeds", fontsize=8.5, color="#555555")
+    return figure
+
+
+def quality_table(out: Path) -> pd.DataFrame:
+    """What the true quality of greedy decoding is made of, for each guide at w = 1."""
+    data = out / "data"
+    prompts, *_ = load_prompts(make_settings(data).dataset, None, 0, 0)
+    facts = facts_of_prompts(read_facts(data / "demo_facts.json"), prompts)
+    texts = {"greedy, no reward": [read_results(out, "unguided.json")[0]["text"]]}
+    for row in read_results(out, "causal-greedy-*.json"):
+        if row["weight"] == 1:
+            texts.setdefault(row["label"], []).append(row["text"])
+    table = []
+    for label, runs in texts.items():
+        parts = [true_quality(text, known) for run in runs for text, known in zip(run, facts, strict=True)]
+        table.append({"label": label} | pd.DataFrame(parts)[[*WEIGHTS, "total"]].mean().to_dict())
     return pd.DataFrame(table)
 
 
@@ -357,8 +447,8 @@ def draw_candidates(out: Path, arms: pd.DataFrame) -> Figure:
     greedy = arms[full_size & arms["greedy"] & (arms["weight"] == 1)]
     quality = greedy.groupby(["label", "training_seed"])["quality"].mean()
     ranking = read_ranking(out)
-    pairs, _ = judge_pairs(out)
-    telling = pairs.groupby(["label", "training_seed"])["right"].mean()
+    pairs = judge_pairs(read_states(out, "candidates"))
+    telling = pairs[pairs["weight"] == np.inf].groupby(["label", "training_seed"])["right"].mean()
 
     for label in READING_ORDER:
         own = quality[label]
@@ -425,7 +515,8 @@ def draw_example(example: dict[str, Any]) -> Figure:
     text = f"“{tokens[worst].strip()}” for “{example['candidates'][worst][best].strip()}”: {-lost[worst]:.2f}"
     rows[-1].annotate(text.replace("-", "−"), (worst + 0.6, values[worst].max()), fontsize=9, va="center")
 
-    words = [token.strip() or token for token in tokens[:-1]] + ["(end)" if example["ends"] else tokens[-1]]
+    words = [token.strip() or token for token in tokens]
+    words[-1] = "(end)" if ends[-1, chosen[-1]] else words[-1]
     rows[-1].set_xticks(steps, words, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     for tick in rows[-1].get_xticklabels():
         tick.set_parse_math(False)
@@ -454,7 +545,7 @@ def arm_table(arms: pd.DataFrame, unguided: pd.DataFrame, best: dict[str, pd.Dat
             row = {"kind": kind, "label": label, "greedy": False, "n": n}
             for value in ("quality", "reward", "own", "causal_reward"):
                 row |= describe(rows, value)
-            row["kl_bound"] = np.log(n) - (n - 1) / n
+            row["kl"] = best_of_n_bound(rows, n)
             table.append(row | {"tokens": rows["tokens"].mean(), "eos": rows["eos"].mean()})
     return pd.DataFrame(table)
 
@@ -472,7 +563,7 @@ def comparison_table(
         ]
 
     greedy, top_k = (unguided[unguided["label"] == label] for label in ("greedy", "top-k"))
-    best_10 = {kind: rows[rows["n"] == 8] for kind, rows in best.items()}
+    best_8 = {kind: rows[rows["n"] == 8] for kind, rows in best.items()}
     pairs = []
     for weight in sorted(causal["weight"].unique()):
         for first, second in (
@@ -490,18 +581,17 @@ def comparison_table(
             name = f"{label}, w = {weight:g}"
             pairs.append(("decoder-only, greedy", name, "greedy", arm(causal, label, weight), greedy))
             pairs.append(("decoder-only, sampled", name, "top-k", arm(causal, label, weight, False), top_k))
-        pairs.append(
-            (
-                "decoder-only, sampled",
-                f"partial, w = {weight:g}",
-                f"full open, w = {weight:g}, greedy",
-                arm(causal, "partial", weight, False),
-                arm(causal, "full open", weight),
-            )
-        )
-    first = "partial, w = 1"
-    chooser = best_10["causal"][best_10["causal"]["label"] == "best of n by full"]
-    pairs.append(("decoder-only, greedy", first, "best of 8 by full", arm(causal, "partial", 1), chooser))
+    chooser = best_8["causal"][best_8["causal"]["label"] == "best of n by full"]
+    pairs.append(
+        ("decoder-only, greedy", "partial, w = 1", "best of 8 by full", arm(causal, "partial", 1), chooser)
+    )
+    for second, other in (
+        ("best of 8 by full", chooser),
+        ("full open, w = 1, greedy", arm(causal, "full open", 1)),
+        ("greedy", greedy),
+    ):
+        sampled = arm(causal, "partial", 2, False)
+        pairs.append(("decoder-only, sampled", "partial, w = 2", second, sampled, other))
     for weight in sorted(encoder.loc[encoder["label"] == "full", "weight"].unique()):
         names = f"partial, w = {weight:g}", f"full, w = {weight:g}"
         same_seeds = arm(encoder, "partial", weight), arm(encoder, "full", weight)
@@ -509,6 +599,8 @@ def comparison_table(
         pairs.append(("encoder, greedy", names[1], "greedy", same_seeds[1], greedy))
     few = arm(encoder, "partial few", 1), arm(encoder, "partial", 1)
     pairs.append(("encoder, greedy", "partial few, w = 1", "partial, w = 1", *few))
+    few = few[0], arm(encoder, "full", 1)
+    pairs.append(("encoder, greedy", "partial few, w = 1", "full, w = 1", *few))
     pairs.append(("encoder, sampled", "partial, w = 2", "top-k", arm(encoder, "partial", 2, False), top_k))
 
     table = []
@@ -527,13 +619,15 @@ def report(out: Path, docs: Path) -> None:
     arms, unguided = read_arms(out), read_unguided(out)
     best = {kind: read_best(out, kind) for kind in ("causal", "encoder")}
     accuracy, paired = rank_table(out)
-    candidates = candidate_table(out)
+    joints = joint_table(out)
     tables = {
         "prefix_accuracy": accuracy,
         "prefix_accuracy_paired": paired,
         "arms": arm_table(arms, unguided, best),
         "comparisons": comparison_table(arms, unguided, best),
-        "candidates": candidates,
+        "candidates": candidate_table(out),
+        "joints": joints,
+        "quality": quality_table(out),
     }
     docs.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
@@ -545,6 +639,7 @@ def report(out: Path, docs: Path) -> None:
         "hacking": draw_hacking(arms),
         "example": draw_example(json.loads((out / "results/example.json").read_text())),
         "candidates": draw_candidates(out, arms),
+        "joints": draw_joints(joints),
     }
     for name, figure in figures.items():
         save_figure(figure, docs / name)

@@ -6,7 +6,7 @@ Writes  in --output_dir: data, reward models of every kind and seed, and, of eac
 
 The pieces run side by side, --workers at a time, one thread each; the same command goes on where it was
 stopped. Reward models are trained on training posts; the test posts are decoded once, and nothing is chosen
-by what comes out.
+by what comes out, except the one response that is shown token by token.
 
     PYTHONPATH=PARGS_decode:Evaluation:demo python benchmarks/claim/study.py
 """
@@ -23,16 +23,27 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from arms import (
+    SEEDS,
+    causal_arms,
+    choose_best,
+    decode_arms,
+    decode_unguided,
+    encoder_arms,
+    rank_prefixes,
+)
+from candidates import follow_example, judge_candidates, judge_joints
+from claim_figures import report
 from datasets import load_from_disk
 from pydantic import PositiveInt
+from reward_models import pretrain_encoder, train_full
 from tqdm import tqdm
 
-from pargs.cli import parse_settings, setting
+from pargs.cli import fail, parse_settings, setting
 from pargs.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODELS = ROOT / "demo/models"
-SEEDS = (1, 2, 3)
 NUM_PAIRS = (500, 1000, 2000, 4000)
 CAUSAL_KINDS = ("full", "last", "partial", "partial-from-full")
 ENCODER_KINDS = ("encoder-full", "encoder-partial", "encoder-partial-few")
@@ -109,10 +120,6 @@ def train_partial(dataset: Path, start: Path, output: Path, seed: int, rates: di
 
 def plan(out: Path) -> list[Piece]:
     """All pieces of the study, in an order in which they can be done one after another."""
-    from arms import causal_arms, choose_best, decode_arms, decode_unguided, encoder_arms, rank_prefixes
-    from candidates import follow_example, judge_candidates
-    from reward_models import pretrain_encoder, train_full
-
     data, models, results = out / "data", out / "models", out / "results"
     policy, body = DEMO_MODELS / "summariser", out / "models/encoder-body"
     same = {
@@ -161,11 +168,10 @@ def plan(out: Path) -> list[Piece]:
         pieces.append(Piece(output, choose_best, arguments, (*needs, results / "unguided.json")))
         output = results / f"prefixes-causal-s{seed}.json"
         pieces.append(Piece(output, rank_prefixes, (data, models, CAUSAL_KINDS, seed, output), needs))
-    output, needs = (
-        results / "candidates.json",
-        tuple(model(kind, seed) for kind in CAUSAL_KINDS for seed in SEEDS),
-    )
-    pieces.append(Piece(output, judge_candidates, (data, models, output), needs))
+    needs = tuple(model(kind, seed) for kind in CAUSAL_KINDS for seed in SEEDS)
+    for name, judge in (("candidates", judge_candidates), ("joints", judge_joints)):
+        output = results / f"{name}.json"
+        pieces.append(Piece(output, judge, (data, models, output), needs))
     output = results / "example.json"
     needs = (results / "causal-greedy-s1.json",)
     pieces.append(Piece(output, follow_example, (data, models, results, output), needs))
@@ -223,6 +229,9 @@ def run_pieces(pieces: list[Piece], workers: int, log: Path) -> None:
             for piece in possible[: workers - len(running)]:
                 left.remove(piece)
                 running[pool.submit(run_piece, piece)] = piece
+            if not running:
+                missing = sorted({str(path) for piece in left for path in piece.needs if not path.exists()})
+                fail(f"no piece makes {', '.join(missing)}")
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 piece = running.pop(future)
@@ -234,12 +243,11 @@ def run_pieces(pieces: list[Piece], workers: int, log: Path) -> None:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the pieces
+    # Of the pieces: a GPU would train some reward models in bf16 and others not.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = Path(settings.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     run_pieces(plan(out), settings.workers, out / "seconds.json")
-
-    from claim_figures import report
 
     report(out, Path(settings.docs_dir))
 
