@@ -33,7 +33,6 @@ from small_runs import (
     write_trace,
 )
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from true_quality import mean_quality
 
 from pargs.figures import GREY, PALETTE
 from pargs.files import write_whole
@@ -185,14 +184,6 @@ def test_equal_prompts_count_once(tmp_path, report, drawn):
     table, printed = report("once", "mixed")
     assert "1 of 8 rows were folded" in printed
     assert table.loc["ARGS", "run_std"] == pytest.approx(sqrt(1.125))  # of 2.5 and 4
-
-
-def test_equal_prompts_count_once_in_the_demos_table():
-    facts = {"person": "wife", "roles": ["wife"], "event": ["bike"], "question": ["sell"], "words": ["bike"]}
-    texts = ["My wife", "The bike", "", ""]  # people 1, event 0 then 0 and 1; an empty one has nothing
-    row = mean_quality(texts, [facts] * 4, pd.Series([1.0, 5.0, 2.0, 7.0]), ["p", "p", "q", "r"])
-    assert (row["n"], row["reward"]) == (3, 4)  # of 3, 2 and 7
-    assert (row["people"], row["event"]) == (pytest.approx(0.5 / 3), pytest.approx(0.5 / 3))
 
 
 # Texts
