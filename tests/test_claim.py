@@ -30,6 +30,12 @@ MODELS = ROOT / "demo/models"
 SIZES = ["--train_pairs", 40, "--validation_pairs", 8, "--test_posts", 4, "--articles", 0]
 
 
+@pytest.fixture(autouse=True)
+def own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study adds its arms to the methods of stage 4: other tests see none of them."""
+    monkeypatch.setattr(arms.decoding, "METHODS", dict(arms.decoding.METHODS))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small world, and what a decoder-only reward model trains on in it."""
@@ -121,7 +127,7 @@ def test_prefixes_are_ranked_as_the_guide_reads_them(guide_eos: str, expected: l
 @pytest.mark.slow
 def test_the_best_of_n_is_the_best_of_the_first_n(data: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "results").mkdir()
-    names = ("quality", "reward", "causal_reward", "tokens", "eos", "log_p")
+    names = ("quality", "reward", "causal_reward", "tokens", "eos", "log_p", "log_q")
     samples = {name: list(range(16)) for name in names} | {"ids": [[at] for at in range(16)]}
     row = samples | {"samples": 4, "sampling_seed": 1}
     (tmp_path / "results/unguided.json").write_text(json.dumps([row]))
