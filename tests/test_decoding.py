@@ -161,7 +161,7 @@ def test_fast_path_writes_the_reference_tokens(folders, prompts, reference, poli
     [("words", "words-reward"), ("words", "gpt2-reward"), ("gpt2", "gpt2-reward"), ("gpt2", "deberta")],
 )
 def test_where_a_guide_reads_an_eos_is_a_setting(
-    folders, prompts, reference, policy_name, reward_name, guide_eos
+    folders, prompts, reference, capsys, policy_name, reward_name, guide_eos
 ):
     settings = make_settings(folders, policy_name, reward_name, args_eos=guide_eos, args_weight=3.0)
     compare_with_reference("ARGS", prompts, settings, reference(policy_name, reward_name))
@@ -172,6 +172,7 @@ def test_where_a_guide_reads_an_eos_is_a_setting(
     # An encoder reads no EOS, and this policy proposes none.
     same = reward_name == "deberta" or (policy_name == "gpt2" and guide_eos == "never")
     assert (written == as_trained) == same
+    assert "cannot use a key-value cache" not in capsys.readouterr().err  # or the cache was not tested
 
 
 def test_guides_are_chosen_by_the_reward_model(folders):
