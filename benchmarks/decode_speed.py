@@ -13,6 +13,7 @@ the matmul peak, which is measured in the same run, is a lower bound.
     PYTHONPATH=PARGS_decode:tests:demo python benchmarks/decode_speed.py --models paper --num_prompts 10 100
 """
 
+import copy
 import platform
 import random
 import sys
@@ -30,6 +31,7 @@ import torch
 from fast_attention import use_fast_attention
 from guides import CachedGuide, make_guide
 from make_posts import draw_test_post
+from paper_configs import paper_configs
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from reference import Reference, Step, assert_same_tokens
 from responses import begin_responses, cache_bytes, cut_into_waves
@@ -38,7 +40,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DebertaV2Config,
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedModel,
@@ -95,32 +96,14 @@ def paper_models(
     dtype: torch.dtype, device: torch.device, budget: int
 ) -> tuple[Policy, dict[str, RewardModel]]:
     """The paper's sizes with random weights; the tokenizers are the demo's, of fewer ids."""
-    gpt2: dict[str, Any] = {"n_embd": 1280, "n_layer": 36, "n_head": 20, "vocab_size": 50257}
+    gpt2, deberta = paper_configs()
+    causal = copy.deepcopy(gpt2)
+    causal.num_labels = 1
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODELS / "summariser")
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(GPT2Config(**gpt2), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(gpt2, dtype=dtype).eval()
         # Only ids that the tokenizer can spell come up as candidates.
         model.transformer.wte.weight.data[len(tokenizer) :] = 0
-        of_v3: dict[str, Any] = {
-            "position_buckets": 256,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pooler_hidden_size": 1024,
-            "num_labels": 1,
-        }
-        deberta = DebertaV2Config(
-            vocab_size=128100,
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            type_vocab_size=0,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            position_biased_input=False,
-            pooler_hidden_act="gelu",
-            **of_v3,
-        )
         encoder = AutoModelForSequenceClassification.from_config(deberta, dtype=dtype).eval()
 
     policy = Policy("policy", model, tokenizer, set(), 1024)
@@ -128,7 +111,7 @@ def paper_models(
     frame = make_frame(words, causal=False)
     return policy, {
         "encoder": RewardModel("encoder", encoder, words, frame, False, 512, budget),
-        "causal": causal_reward_model(policy, GPT2Config(**{**gpt2, "num_labels": 1}), budget),
+        "causal": causal_reward_model(policy, causal, budget),
     }
 
 

@@ -31,7 +31,7 @@ ROLES = sorted({r for theme in world.THEMES.values() for r in theme["people"]} |
 DEFECTS = ("event", "people", "question", "invention", "repetition", "brevity")
 LONGEST_SUMMARY = 34  # words
 # Chances of each defect, one drawn for each summary: a policy that imitates such writers leaves room above
-# its most likely summary. Chosen for that alone, on validation posts, before any guided decoding.
+# its most likely summary. How much is measured on validation posts; docs/claim.md says how they were chosen.
 CARELESSNESS = (0.3, 0.6, 0.8)
 TIE = 0.01  # two summaries whose totals are closer than this say nothing about what is preferred
 

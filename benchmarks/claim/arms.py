@@ -19,6 +19,7 @@ import PARGS_baselines as decoding
 from datasets import load_from_disk
 from final_rewards import finished_responses
 from policy_likelihood import Pair, response_log_probs
+from prefix_accuracy import PERCENTAGES, prefix_lengths
 from prompts import load_prompts
 from quality import true_quality
 from responses import Response
@@ -40,6 +41,8 @@ EVALUATORS = {
     "causal": str(DEMO_MODELS / "causal-reward-model"),
 }
 SEEDS = (1, 2, 3)  # of training
+NUM_PAIRS = (500, 1000, 2000, 4000)
+ENCODER_KINDS = ("encoder-full", "encoder-partial", "encoder-partial-few")
 MAX_NEW_TOKENS = 48
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 NUM_SAMPLES = (1, 2, 4, 8, 16, 32)
@@ -100,7 +103,7 @@ def causal_arms(models: Path, seed: int) -> dict[str, list[Arm]]:
         for sampling_seed in SAMPLING_SEEDS
     }
     fewer = [
-        arm(label, folder=f"{READINGS[label][0]}-{count}") for label in SAMPLED for count in (500, 1000, 2000)
+        arm(label, folder=f"{READINGS[label][0]}-{count}") for label in SAMPLED for count in NUM_PAIRS[:-1]
     ]
     return {
         "greedy": [arm(label, weight) for label in READINGS for weight in WEIGHTS],
@@ -114,20 +117,25 @@ def encoder_arms(models: Path, seed: int) -> dict[str, list[Arm]]:
     """The arms of a training seed's encoders: every seed at the paper's weights, one of them at more."""
 
     def arm(kind: str, weight: float = 1.0, **changes: Any) -> Arm:
-        label = kind.removeprefix("encoder-").replace("-", " ")
-        return Arm(label, str(models / f"{kind}-s{seed}"), weight, training_seed=seed, **changes)
+        return Arm(
+            encoder_label(kind), str(models / f"{kind}-s{seed}"), weight, training_seed=seed, **changes
+        )
 
-    kinds = ("encoder-full", "encoder-partial", "encoder-partial-few")
     parts = {
-        "greedy": [arm(kind) for kind in kinds],
+        "greedy": [arm(kind) for kind in ENCODER_KINDS],
         "sampled": [
             arm("encoder-partial", 2.0, greedy=False, sampling_seed=sampling_seed)
             for sampling_seed in SAMPLING_SEEDS
         ],
     }
     if seed == 1:
-        parts["weights"] = [arm(kind, weight) for kind in kinds[:2] for weight in (0.5, 4.0)]
+        parts["weights"] = [arm(kind, weight) for kind in ENCODER_KINDS[:2] for weight in (0.5, 4.0)]
     return parts
+
+
+def encoder_label(kind: str) -> str:
+    """E.g. "encoder-partial-few": "partial few"."""
+    return kind.removeprefix("encoder-").replace("-", " ")
 
 
 # Decoding and judging
@@ -264,8 +272,6 @@ def choose_best(data: Path, models: Path, kinds: tuple[str, ...], seed: int, out
 
 # Ranking prefixes
 
-PERCENTAGES = range(10, 101, 10)
-
 
 def rank_prefixes(data: Path, models: Path, kinds: tuple[str, ...], seed: int, output: Path) -> None:
     """Whether each guide ranks the prefixes of held-out pairs, at each tenth of the longer response.
@@ -277,7 +283,7 @@ def rank_prefixes(data: Path, models: Path, kinds: tuple[str, ...], seed: int, o
     settings = make_settings(data)
     readings = {label: reading for label, reading in READINGS.items() if reading[0] in kinds}
     for kind in kinds if not causal else ():
-        readings[kind.removeprefix("encoder-").replace("-", " ")] = kind, "finished"
+        readings[encoder_label(kind)] = kind, "finished"
     for label, (kind, guide_eos) in readings.items():
         reward_model = get_reward_model(str(models / f"{kind}-s{seed}"), settings)
         right = rank_pairs(reward_model, list(pairs["validation"]), guide_eos)
@@ -296,9 +302,9 @@ def rank_pairs(reward_model: RewardModel, pairs: list[dict], guide_eos: GuideEos
             for side in SIDES
         ]
         longest = max(len(side.ids) for side in sides)
-        for percent in PERCENTAGES:
+        for length in prefix_lengths(longest):
             for side in sides:
-                prefix = side.prefix(-(-percent * longest // 100))
+                prefix = side.prefix(length)
                 asked["prompts"].append(pair["prompt_ids"])
                 asked["prefixes"].append(read_as(reward_model, prefix, guide_eos))
 

@@ -135,7 +135,6 @@ def decode_each(policy: Policy, ids: list[int]) -> list[str]:
 
 def propose(policy: Policy, states: list[Response], k: int) -> tuple[list[list[int]], list[list[float]]]:
     """The top k of each state and their log-probabilities, [states, k] both."""
-
     candidates, log_probs = [], []
     with torch.inference_mode():
         for state in states:
@@ -204,10 +203,7 @@ def follow_example(data: Path, models: Path, results: Path, output: Path) -> Non
         policy=POLICY, guide=str(models / "full-s1"), weight=1.0, greedy=True
     )
     (written,) = decoding.decode_method("example", prompts[at : at + 1], template, settings).responses
-    states = [
-        Response(written.prompt, written.prompt_ids, 0, written.ids[:cut])
-        for cut in range(len(written.written_ids))
-    ]
+    states = [cut_response(written, cut) for cut in range(len(written.written_ids))]
     candidates, log_probs = propose(policy, states, settings.k)
     facts = facts_of_prompts(read_facts(data / "demo_facts.json"), [state.prompt for state in states])
     rewards = {

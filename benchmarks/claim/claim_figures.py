@@ -5,13 +5,15 @@ mean over seeds; how far training seeds lie apart is shown beside it. Arms are c
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from arms import SEEDS, make_settings
+from arms import NUM_PAIRS, PERCENTAGES, SEEDS, make_settings
 from candidates import ENDING, GOING_ON, NEAR
+from datasets import load_from_disk
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from prompts import load_prompts
@@ -20,6 +22,7 @@ from true_quality import facts_of_prompts, read_facts
 
 from pargs.figures import EDGE, save_figure, style_axes
 from pargs.files import write_text
+from pargs.prefixes import SIDES
 from pargs.statistics import bootstrap_interval, mcnemar
 
 RESAMPLES = 9999
@@ -156,7 +159,7 @@ def by_weight(rows: pd.DataFrame) -> pd.DataFrame:
 
 def rank_table(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Accuracy of each guide at each tenth; and the paired comparisons, seed by seed and over all."""
-    percentages = list(range(10, 101, 10))
+    percentages = list(PERCENTAGES)
     right: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for row in read_results(out, "prefixes-*.json"):
         key = ("decoder-only" if row["causal"] else "encoder", row["label"])
@@ -171,6 +174,8 @@ def rank_table(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             of_seeds = [seed[percent].mean() for seed in seeds]
             row = {"kind": kind, "label": label, "percent": percent, "pairs": len(values)}
             row |= {"accuracy": values.mean(), "low": low, "high": high}
+            unfinished = mean[percent][is_cut(out, kind, percent)].dropna()
+            row |= {"cut_pairs": len(unfinished), "cut_accuracy": unfinished.mean()}
             accuracy.append(row | {"seed_min": min(of_seeds), "seed_max": max(of_seeds)})
 
     paired = []
@@ -192,6 +197,15 @@ def rank_table(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             row |= {"difference": mean.mean(), "low": low, "high": high}
             paired.append(row | {f"p_seed_{seed}": p for seed, p in enumerate(tests, 1)})
     return pd.DataFrame(accuracy), pd.DataFrame(paired)
+
+
+@cache
+def is_cut(out: Path, kind: str, percent: int) -> np.ndarray:
+    """Of each held-out pair, whether both prefixes are unfinished at that part of the longer one."""
+    folder = f"causal-{NUM_PAIRS[-1]}" if kind == "decoder-only" else "encoder-full"
+    pairs: Any = load_from_disk(str(out / "data" / folder / "pairs"))["validation"]
+    lengths = np.array([[len(ids) for ids in pairs[f"{side}_ids"]] for side in SIDES])  # [2, pairs]
+    return -(-percent * lengths.max(0) // 100) < lengths.min(0)
 
 
 def draw_ranking(accuracy: pd.DataFrame) -> Figure:

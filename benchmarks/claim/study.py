@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from arms import (
+    ENCODER_KINDS,
+    NUM_PAIRS,
     SEEDS,
     causal_arms,
     choose_best,
@@ -38,19 +40,16 @@ from datasets import load_from_disk
 from pydantic import PositiveInt
 from reward_models import pretrain_encoder, train_full
 from tqdm import tqdm
+from train_models import RATES
 
 from pargs.cli import fail, parse_settings, setting
 from pargs.files import write_text
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODELS = ROOT / "demo/models"
-NUM_PAIRS = (500, 1000, 2000, 4000)
 CAUSAL_KINDS = ("full", "last", "partial", "partial-from-full")
-ENCODER_KINDS = ("encoder-full", "encoder-partial", "encoder-partial-few")
-ENCODER_COMPARISONS, ENCODER_LENGTHS = (
-    300,
-    4,
-)  # all lengths of so many comparisons; or so many lengths of more
+# All lengths of so many comparisons; or so many lengths of more.
+ENCODER_COMPARISONS, ENCODER_LENGTHS = 300, 4
 
 
 @dataclass
@@ -122,13 +121,7 @@ def plan(out: Path) -> list[Piece]:
     """All pieces of the study, in an order in which they can be done one after another."""
     data, models, results = out / "data", out / "models", out / "results"
     policy, body = DEMO_MODELS / "summariser", out / "models/encoder-body"
-    same = {
-        "num_train_epochs": 2,
-        "learning_rate": 3e-4,
-        "per_device_train_batch_size": 16,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 100,
-    }
+    same = RATES | {"num_train_epochs": 2, "learning_rate": 3e-4}
     gentle = {"num_train_epochs": 1, "learning_rate": 1e-4, "per_device_train_batch_size": 32}
     strong = same | {"learning_rate": 1e-3}
 
@@ -221,7 +214,7 @@ def run_pieces(pieces: list[Piece], workers: int, log: Path) -> None:
     running: dict[Future[float], Piece] = {}
     context = get_context("spawn")
     with (
-        ProcessPoolExecutor(workers, context, use_one_thread, max_tasks_per_child=None) as pool,
+        ProcessPoolExecutor(workers, context, use_one_thread) as pool,
         tqdm(total=len(left), unit="piece") as bar,
     ):
         while left or running:
