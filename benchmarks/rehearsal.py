@@ -68,7 +68,11 @@ ALSO = (
 
 # Defaults of stages 4 and 5: what the README's bare commands take.
 CACHE_BYTES = 8e9  # --cache_gb of PARGS_baselines.py
-TOKEN_BUDGETS = {"40 GB or more": 262144, "less": 65536}  # fit_budget of run_models.py, by the GPU's memory
+TOKEN_BUDGETS = {
+    "more than 60 GB": 262144,
+    "32 to 60 GB": 131072,
+    "less": 65536,
+}  # fit_budget of run_models.py, by the GPU's memory
 NUM_PROMPTS, NEW_TOKENS = 100, 64
 LIKELIHOOD_BATCH = 8  # --batch_size of show_result.py
 ACCURACY_BUDGET = 4096  # --token_budget of prefix_accuracy.py
