@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from pargs.figures import EDGE, GREY, save_figure, style_axes
 from pargs.files import write_text
-from pargs.runs import REFERENCE
+from pargs.runs import generation_path
 from pargs.statistics import mcnemar
 
 TASKS = {
@@ -44,7 +44,6 @@ ARM_COLOURS = {
     "ARGS, closed": COLOURS["full closed"],
     "PARGS-G": COLOURS["partial"],
     "PARGS": "#3f8fd2",
-    REFERENCE: "#3a9d78",
 }
 MEASURES = {
     "reward": "reward by MiniLM, which guided nobody",
@@ -142,8 +141,7 @@ def read_arms(out: Path) -> pd.DataFrame:
     numbers = {prompt: at for at, prompt in enumerate(references)}
     rouge, rows = RougeScorer(["rougeL"], use_stemmer=True), []
     for label, (method, runs) in ARMS.items():
-        stem = method.lower().replace("-", "_")
-        for path in sorted(out.glob(f"runs/{runs}/generation_{stem}.json")):
+        for path in sorted(out.glob(f"runs/{runs}/{generation_path(method)}")):
             name = path.parent.name
             relevant = json.loads((out / f"results/relevant-{name}.json").read_text())[path.stem]
             seed = int(name.partition("-s")[2].partition("-")[0] or 0)
