@@ -10,6 +10,7 @@ Writes  generations.html: no network, no other files; open it in a browser.
 import base64
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def rounded_step(step: Step) -> dict:
     return {"tokens": step.tokens, "chosen": step.chosen, **rounded}
 
 
+def collect_rules(run: Run, methods: Iterable[str]) -> dict[str, dict]:
+    """How each of the methods weighs a reward and picks a token; an older run does not say."""
+    known = {method: run.methods[method].method for method in methods if method in run.methods}
+    return {name: {"weight": method.weight, "greedy": method.greedy} for name, method in known.items()}
+
+
 def finite(value: float | None) -> float | None:
     """Rounded for the page; JSON knows no NaN."""
     return None if value is None or not math.isfinite(value) else round(value, 3)
@@ -157,6 +164,7 @@ def main() -> None:
             "reference": REFERENCE,
             "prompts": collect_prompts(run, methods, references),
             "traces": traces,
+            "rules": collect_rules(run, traces),
             "table": table,
             "figures": collect_figures(directory),
             "notes": run.notes,

@@ -5,12 +5,14 @@ import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import field
+from itertools import zip_longest
 from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
 T = TypeVar("T")
+TRUTH_VALUES = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")  # as HfArgumentParser reads them
 PATIENCE = 5.0  # seconds in which a launcher ends the other processes of one that failed
 
 
@@ -61,6 +63,17 @@ class SettingsParser(HfArgumentParser, Generic[T]):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A switch takes no word but true or false: in `--dry_run A.json` the file is another argument."""
+        words = list(sys.argv[1:] if args is None else args)
+        switches = {
+            flag for action in self._actions if action.const is True for flag in action.option_strings
+        }
+        for at, (word, following) in enumerate(zip_longest(words, words[1:], fillvalue="")):
+            if word in switches and following.lower() not in TRUTH_VALUES:
+                words[at] = f"{word}=true"
+        return super().parse_known_args(words, namespace)
 
     def print_help(self, file: Any = None) -> None:
         if is_main():

@@ -143,7 +143,11 @@ def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher
     ("script", "said"),
     [
         ("DataProcess/tldr_data_process.py", "cannot load 'openai/summarize_from_feedback'"),
-        ("DPO_training/GPT2_large_DPO_tldr.py", "cannot load"),
+        (
+            "partial_reward_training/tldr_partial_reward_model.py",
+            "make it with `python DataProcess/tldr_data_process_partial.py`",
+        ),
+        ("DPO_training/GPT2_large_DPO_tldr.py", "make it with `python DataProcess/tldr_data_process.py`"),
         ("PARGS_decode/PARGS_baselines.py", "make it with `python DataProcess/tldr_data_process.py`"),
         ("Evaluation/show_result.py", "python PARGS_decode/PARGS_baselines.py"),
     ],
@@ -151,7 +155,9 @@ def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher
 def test_what_is_missing_is_named_with_the_command(tmp_path, script, said):
     directory = tmp_path / "run"
     directory.mkdir()
-    assert_one_error(*run(script, [], directory), said)
+    status, output = run(script, [], directory)
+    assert_one_error(status, output, said)
+    assert len(output.splitlines()) == 1  # nothing of wandb, nor of a hub that was asked in vain
     assert not list(directory.iterdir())
 
 
