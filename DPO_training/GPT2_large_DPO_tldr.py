@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from pargs.cli import fail, setting
+from pargs.cli import fail, next_step, run_script, setting
 from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
 from pargs.files import MAKE_PAIRS, check_writable, read_dataset
 from pargs.models import (
@@ -166,7 +166,7 @@ def report(trainer: DPOTrainer, settings: Settings) -> None:
     logs = [log for log in trainer.state.log_history if "loss" in log]
     for name, log in zip(("first", "last"), (*logs[:1], *logs[-1:]), strict=False):
         print(f"  {name:<5} log: loss {log['loss']:.3f}, accuracy {log['rewards/accuracies']:.3f}")
-    print("next: python PARGS_decode/PARGS_baselines.py")
+    next_step("PARGS_decode/PARGS_baselines.py")
 
 
 def main() -> None:
@@ -185,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command with --resume_from_checkpoint True goes on from the last checkpoint")

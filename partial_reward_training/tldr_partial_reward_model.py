@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from pargs.cli import fail, setting
+from pargs.cli import fail, next_step, run_script, setting
 from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
 from pargs.models import (
     check_causal_reward_model,
@@ -327,7 +327,7 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
         if after["eval_same_prefix"]:
             counts = (int(after[f"eval_{name}"]) for name in ("ranked", "same_prefix"))
             print("  accuracy is that of {} pairs; in {} more both prefixes are the same".format(*counts))
-    print("next: python DPO_training/GPT2_large_DPO_tldr.py")
+    next_step("DPO_training/GPT2_large_DPO_tldr.py")
 
 
 def main() -> None:
@@ -350,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command with --resume_from_checkpoint True goes on from the last checkpoint")
