@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from pargs.cli import fail, setting
+from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
 from pargs.files import MAKE_PAIRS, check_writable, read_dataset
 from pargs.model_card import Training, stated_settings
@@ -37,7 +37,6 @@ from pargs.training import (
     checkpoint_to_resume,
     evaluate_at_end,
     model_kwargs,
-    next_command,
     parse_settings,
     save_trained,
     settle_checkpointing,
@@ -205,12 +204,11 @@ def report(trainer: DPOTrainer, settings: Settings) -> None:
     if figures := held_out_figures(trainer):
         print("  held-out:  loss {loss:.3f}, accuracy {accuracy:.3f}".format(**figures))
 
-    decode = next_command(
-        "PARGS_decode/PARGS_baselines.py",
+    flags = changed_flags(
         policy=(settings.model_name_or_path, Settings.model_name_or_path),
         dpo_policy=(settings.output_dir, Settings.output_dir),
     )
-    print(f"next: {decode}")
+    next_step("PARGS_decode/PARGS_baselines.py", *flags)
 
 
 def main() -> None:
@@ -234,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command with --resume_from_checkpoint True goes on from the last checkpoint")

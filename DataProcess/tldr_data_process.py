@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetsError
 from httpx import HTTPError
 from yaml import YAMLError
 
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import TEMPLATE_FIELDS, read_fields, template_words
 from pargs.files import DATASET_ERRORS
 from pargs.processes import hide_bars_in_logs
@@ -158,7 +158,7 @@ def is_text_or_none(value: object) -> bool:
 
 def fields_of(template: str) -> list[str]:
     """The names of a template's fields, in its order."""
-    return re.findall(r"\{(\w+)\}", template)
+    return re.findall(r"\{([\w -]+)\}", template)
 
 
 def format_prompt(values: dict[str, str | None], template: str) -> tuple[str, str]:
@@ -258,8 +258,8 @@ def main() -> None:
     for split, rows in processed.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped[split].items()) or "none"
         print(f"  {split:<10} {len(rows):>7} rows (dropped: {reasons})")
-    print("next: python DataProcess/tldr_data_process_partial.py")
+    next_step("DataProcess/tldr_data_process_partial.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again; a dataset that was here is as it was")

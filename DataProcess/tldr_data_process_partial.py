@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerFast
 
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import encode_prompts
 from pargs.files import MAKE_PAIRS, read_dataset
 from pargs.models import check_eos, is_causal, load_config, load_tokenizer, longest_input
@@ -230,8 +230,8 @@ def main() -> None:
         print(f"\nwrote {settings.output}/ for {settings.reward_model}")
         for split in counts:
             print(summary_line(split, pairs[split], entries[split]))
-    print("next: python partial_reward_training/tldr_partial_reward_model.py")
+    next_step("partial_reward_training/tldr_partial_reward_model.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again; a dataset that was here is as it was")

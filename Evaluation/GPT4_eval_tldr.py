@@ -49,7 +49,7 @@ from pydantic import (
 from tqdm import tqdm
 from verdict_summary import print_summary, summarise
 
-from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.cli import SettingsParser, fail, is_main, run_script, setting
 from pargs.files import write_text
 from pargs.runs import read_generations
 
@@ -136,7 +136,7 @@ def match(file_a: Path, file_b: Path) -> list[Pair]:
         fail(
             f"{file_a} and {file_b} are not about the same prompts: {len(only_a)} are only in the first, "
             f"{len(only_b)} only in the second, e.g. {min(only_a | only_b)[:80]!r}; "
-            f"generate both with the same --seed and --num_prompts"
+            f"generate both with the same --prompt_seed and --num_prompts"
         )
     return [(prompt, result, results_b[prompt]) for prompt, result in results_a.items()]
 
@@ -389,4 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command asks for the verdicts that are missing")

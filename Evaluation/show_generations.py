@@ -18,7 +18,7 @@ import pandas as pd
 from run_files import Run, read_references, read_run, read_steps
 from statistics_table import readable_table
 
-from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.cli import SettingsParser, fail, is_main, run_script, setting
 from pargs.files import check_writable, write_text
 from pargs.runs import REFERENCE, Step
 
@@ -180,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

@@ -2,31 +2,34 @@
 
 Reads   summarize_from_feedback/ (split `test`), the policies and the reward models.
 Writes  generation_{args,pargs,pargs_g,bestn,...}.json and baseline_results.csv, which holds the
-        evaluation reward model's score of each finished response; methods.json, what each method was and
-        what it cost; with --trace also trace_*.jsonl.
+        evaluation reward model's score of each finished response; methods.json, what each method was, what
+        it cost and where it comes from; references.json; with --trace also trace_*.jsonl.
 
 At each token the policy proposes its top k; guided methods add w times the reward of each continuation to
 its log-probability and take the best, or sample. All prompts decode together, yet what is written for one
 does not depend on the others: its random numbers belong to (seed, method, prompt, sample, step) alone.
-What is finished is kept as it goes: the same command goes on after a run that was killed.
+What is finished is kept as it goes: the same command goes on after a run that was killed. With other
+settings, what they change is decoded anew, and nothing else: one method, prompts that are new, or rewards.
 
     python PARGS_decode/PARGS_baselines.py
 """
 
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
 import torch
-from final_rewards import pick_best, score_references, score_responses
+from final_rewards import pick_best, score_again, score_references, score_responses
 from guides import CachedGuide, RereadingGuide, choose_guide, left_pad, positions
-from progress import Progress, digest
+from progress import Progress
 from prompts import load_prompts
 from pydantic import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from responses import Response, append_tokens, begin_responses, cache_bytes, cut_into_waves, keep_trace
@@ -39,14 +42,33 @@ from run_models import (
     peak_gb,
     reset_peak,
 )
-from run_state import check_models, claim_directory, collect_rewards, methods_left, save_method
+from run_state import (
+    Work,
+    check_models,
+    collect_rewards,
+    drop_results,
+    find_work,
+    known_methods,
+    save_method,
+    save_references,
+)
 from transformers import Cache, DynamicCache
 
-from pargs.cli import fail, is_main, parse_settings, setting
-from pargs.files import write_text
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.files import check_writable, write_text
 from pargs.models import Policy, load_policy, load_tokenizer, warn_of_unused_separator
-from pargs.processes import count_processes, gather, join_processes, progress_bar, split
-from pargs.runs import REWARDS, Cost, Generation, GuideEos, Method, MethodRecord, generation_path
+from pargs.origin import Origin
+from pargs.processes import count_processes, describe_device, gather, join_processes, progress_bar, split
+from pargs.runs import (
+    REWARDS,
+    Cost,
+    Generation,
+    GuideEos,
+    Method,
+    MethodRecord,
+    generation_path,
+    write_methods,
+)
 
 
 @dataclass
@@ -66,7 +88,11 @@ class Settings:
 
     dataset: str = setting("summarize_from_feedback", "Where the test prompts are.")
     prompts: str | None = setting(None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}.')
-    num_prompts: NonNegativeInt = setting(100, "Test prompts to decode; 0 for all.")
+    num_prompts: NonNegativeInt | None = setting(
+        None, "How many to decode, 0 for all; if not given, 100 test prompts or all of --prompts."
+    )
+    prompt_seed: int = setting(42, "Which test prompts; more of the same seed contain the fewer.")
+    output_dir: str = setting(".", "Where everything is written: a run directory.")
 
     k: PositiveInt = setting(10, "Tokens that the policy proposes at each step.")
     max_new_tokens: PositiveInt = setting(64, "Longest response in tokens.")
@@ -77,11 +103,9 @@ class Settings:
         "finished", "Where ARGS' guide reads an EOS, if it is decoder-only: always closes every prefix."
     )
     best_of: PositiveInt = setting(10, "Samples that BESTN chooses from.")
-    seed: int = setting(42, "Which test prompts, and all sampling.")
+    seed: int = setting(42, "Of all sampling.")
 
-    overwrite: bool = setting(
-        False, "Decode the methods anew; with other settings, delete all results first."
-    )
+    overwrite: bool = setting(False, "Delete what is here of the methods, and decode them anew.")
     trace: bool = setting(False, "Keep every step's candidates and rewards.")
     dtype: Precision = setting("auto", "Of policies and guides; auto: float16 on a GPU, float32 on a CPU.")
     device_map: str | None = setting(None, "auto spreads a policy too large for one GPU over all of them.")
@@ -326,72 +350,137 @@ def run_method(
 # The run
 
 
-def check_settings(settings: Settings) -> None:
-    unknown = [name for name in settings.methods if name not in METHODS]
-    if unknown:
+def name_methods(asked: list[str]) -> list[str]:
+    """Those of METHODS that were asked for, in whatever case; all of them if none was."""
+    known = {name.lower(): name for name in METHODS}
+    folded = [name.lower().replace("_", "-") for name in asked]
+    if unknown := [name for name, key in zip(asked, folded, strict=True) if key not in known]:
         fail(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}")
+    return list(dict.fromkeys(known[key] for key in folded)) or list(METHODS)
+
+
+def check_settings(settings: Settings) -> None:
     if settings.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fail("--device_map spreads a policy over all GPUs: start one process, without a launcher")
+    check_writable(Path(settings.output_dir))
 
 
-def settings_that_matter(settings: Settings) -> dict:
-    """Those that decide what is written for a prompt."""
-    free = ("methods", "trace", "device_map", "token_budget", "cache_gb", "overwrite")
-    return {key: value for key, value in asdict(settings).items() if key not in free}
+def describe_methods(
+    methods: dict[str, Method], models: dict[str, str | None], template: str, settings: Settings
+) -> dict[str, MethodRecord]:
+    """The record of each method, as it is before it costs anything."""
+    evaluator, origin = evaluator_of(settings), Origin.of(settings, describe_device())
+    return {
+        name: MethodRecord(
+            method=method,
+            k=settings.k,
+            max_new_tokens=settings.max_new_tokens,
+            reference_policy=settings.policy,
+            evaluator=evaluator,
+            cost=Cost(responses=0, seconds=0, tokens=0, reward_calls=0, reward_tokens=0),
+            seed=settings.seed,
+            dtype=settings.dtype,
+            fast_attention=settings.fast_attention,
+            template=template,
+            models={model: models[model] for model in (*method.models, evaluator)},
+            origin=origin,
+        )
+        for name, method in methods.items()
+    }
+
+
+def finish_method(
+    name: str, record: MethodRecord, work: Work, prompts: list[str], settings: Settings, traced: bool
+) -> None:
+    """Decode and score what is left of a method, and write the whole of it."""
+    directory, template = Path(settings.output_dir), str(record.template)
+    dtype = str(choose_dtype(settings.dtype, join_processes().device))
+    scoring = [record.evaluator, record.models[str(record.evaluator)], settings.fast_attention]
+    progress = Progress(name, [record.recipe, dtype, traced], scoring, directory)
+
+    kept, steps = work.kept, work.steps
+    if kept and not work.scored:
+        evaluator = get_evaluator(str(record.evaluator), settings)
+        tokenizer, reserved = load_tokenizer(record.method.policy), record.max_new_tokens + 1
+        kept = score_again(kept, evaluator, tokenizer, template, reserved, progress, name)
+    if work.new:
+        generations, new_steps, cost = run_method(name, work.new, template, settings, progress)
+        kept = kept + generations
+        steps = steps | (dict(zip(work.new, new_steps, strict=True)) if traced else {})
+        record = record.model_copy(update={"cost": cost})
+        if is_main():
+            print(f"{name}: {cost.describe()}")
+
+    if is_main():
+        if not work.new:  # what it cost to decode, and where, is known
+            theirs = known_methods(directory)[name]
+            record = record.model_copy(update={"cost": theirs.cost, "origin": theirs.origin})
+        by_prompt = {row.prompt: row for row in kept}
+        others = [row for row in kept if row.prompt not in set(prompts)]
+        rows = [by_prompt[prompt] for prompt in prompts] + others
+        save_method(name, rows, steps, record, list(METHODS), directory)
+    progress.drop()
+
+
+def update_records(records: dict[str, MethodRecord], directory: Path) -> None:
+    """Set what changes no response of a method that is done: the policy of KL, a greedy one's seed."""
+    known = known_methods(directory)
+    for name, record in records.items():
+        free = {"reference_policy": record.reference_policy, "seed": record.seed}
+        known[name] = known[name].model_copy(update=free)
+    write_methods(known, directory)
 
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
+    names, directory = name_methods(settings.methods), Path(settings.output_dir)
     check_settings(settings)
     join_processes()
     prompts, references, template = load_prompts(
-        settings.dataset, settings.prompts, settings.num_prompts, settings.seed
+        settings.dataset, settings.prompts, settings.num_prompts, settings.prompt_seed
     )
-    methods = {name: METHODS[name](settings) for name in settings.methods or METHODS}
+    methods = {name: METHODS[name](settings) for name in names}
     models = check_models(methods, evaluator_of(settings), vars(settings))
-    matter = settings_that_matter(settings) | {"prompts_digest": digest(prompts)}
+    records = describe_methods(methods, models, template, settings)
     if is_main():
         if any(method.policy == settings.policy for method in methods.values()):
             warn_of_unused_separator(settings.policy, load_tokenizer(settings.policy), template)
-        claim_directory(matter, models, list(methods), settings.overwrite)
+        if settings.overwrite:
+            drop_results(names, directory)
 
-    dtype = str(choose_dtype(settings.dtype, join_processes().device))
     traced = {name for name, method in methods.items() if settings.trace and method.guide}
-    left = methods_left(list(methods), traced, prompts)
+    work = find_work(records, traced, prompts, directory)
+    left = [name for name in names if not work[name].is_done]
     for _, of_policy in groupby(left, key=lambda name: methods[name].policy):
         for name in of_policy:
-            identities = [models[model] for model in (*methods[name].models, evaluator_of(settings))]
-            progress = Progress(name, experiment=[matter, dtype, name in traced, identities])
-            generations, steps, cost = run_method(name, prompts, template, settings, progress)
-            if is_main():
-                record = MethodRecord(
-                    method=methods[name],
-                    k=settings.k,
-                    max_new_tokens=settings.max_new_tokens,
-                    reference_policy=settings.policy,
-                    evaluator=evaluator_of(settings),
-                    cost=cost,
-                )
-                save_method(name, generations, steps if name in traced else None, record, list(METHODS))
-                print(f"{name}: {cost.describe()}")
-            progress.drop()
+            finish_method(name, records[name], work[name], prompts, settings, name in traced)
         load_policy.cache_clear()  # the one policy goes before the other comes
 
     evaluator = get_evaluator(evaluator_of(settings), settings)
     rewards = score_references(evaluator, prompts, references, template, settings.max_new_tokens + 1)
     if is_main():
-        table = collect_rewards(list(METHODS), prompts, rewards)
-        write_text(Path(REWARDS), table.to_csv(index=False))
-        report(table, left)
+        update_records(records, directory)
+        save_references(prompts, references, rewards, directory)
+        shared = {key: getattr(settings, key) for key in ("k", "max_new_tokens", "seed", "dtype")}
+        shared |= {"template": template, "evaluator": evaluator_of(settings), "models": models}
+        table, left_out = collect_rewards(list(METHODS), prompts, rewards, shared, directory)
+        write_text(directory / REWARDS, table.to_csv(index=False))
+        report(table, left, left_out, directory)
 
 
-def report(table: pd.DataFrame, written: list[str]) -> None:
+def report(table: pd.DataFrame, written: list[str], left_out: dict[str, str], directory: Path) -> None:
     if written:
-        print(f"\nwrote {', '.join(str(generation_path(name)) for name in written)}")
-    print(f"wrote {REWARDS}: {len(table)} prompts, {count_processes()}; mean rewards:")
+        print(f"\nwrote {', '.join(str(generation_path(name, directory)) for name in written)}")
+    print(f"wrote {directory / REWARDS}: {len(table)} prompts, {count_processes()}; mean rewards:")
     print(table.drop(columns="prompt").mean().round(4).to_string())
-    print("next: python Evaluation/show_result.py")
+    for name, reason in left_out.items():
+        print(f"left out: {name}, for {reason}")
+    if left_out:
+        flags = [flag for flag in sys.argv[1:] if flag != "--overwrite"]
+        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *flags, "--methods", *left_out])
+        print(f"to decode them so: {command}")
+    next_step("Evaluation/show_result.py", *([] if directory == Path() else [str(directory)]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command (without --overwrite) goes on from what is finished")

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pargs.cli import fail
 from pargs.files import MAKE_PAIRS, read_dataset, read_template
 
+NUM_TEST_PROMPTS = 100  # of the test split, where nobody says how many
+
 
 class OwnPrompt(BaseModel):
     """One line of a file of prompts; what else it holds is left alone."""
@@ -25,11 +27,18 @@ class OwnPrompt(BaseModel):
 
 
 def load_prompts(
-    dataset: str, own_prompts: str | None, num_prompts: int, seed: int
+    dataset: str, own_prompts: str | None, num_prompts: int | None, seed: int
 ) -> tuple[list[str], list[str | None], str]:
-    """Prompts, their references (None where there is none) and the template they were built from."""
+    """Prompts, their references (None where there is none) and the template they were built from.
+
+    `num_prompts` of them: the first of a file, or drawn from the test split with `seed`. 0 is all; None is
+    all of a file and NUM_TEST_PROMPTS of the test split. Fewer of the same seed are the first of more.
+    """
     if own_prompts:
-        return *read_own_prompts(own_prompts), read_template(dataset)
+        prompts, references = read_own_prompts(own_prompts)
+        count = num_prompts or len(prompts)
+        return prompts[:count], references[:count], read_template(dataset)
+    num_prompts = NUM_TEST_PROMPTS if num_prompts is None else num_prompts
 
     splits, notes = read_dataset(dataset, {"test": ["prompt", "reference"]}, MAKE_PAIRS)
     test = splits["test"]

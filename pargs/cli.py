@@ -1,11 +1,15 @@
 """Settings from a dataclass and the command line; a mistake of the user ends in one line, exit code 2."""
 
 import os
+import shlex
+import signal
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +47,28 @@ def fail(message: str) -> NoReturn:
         message = f"process {os.environ['RANK']}: {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def run_script(main: Callable[[], object], again: str) -> None:
+    """Run a script's `main`. Ctrl-C ends it in one line that says what starting it `again` does, exit 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the way out
+        if is_main():
+            print(f"\nstopped: {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def next_step(script: str, *arguments: str, said: str = "next") -> None:
+    """Print the command of the step that follows, as it is typed where this one was."""
+    path = os.path.relpath(Path(sys.argv[0]).absolute().parents[1] / script)
+    print(f"{said}: {shlex.join(['python', path, *arguments])}")
+
+
+def changed_flags(**flags: tuple[str, str]) -> list[str]:
+    """The flags of another script that have to be given: each is (value, the usual value)."""
+    return [word for name, (value, usual) in flags.items() if value != usual for word in (f"--{name}", value)]
 
 
 def warn(message: str) -> None:

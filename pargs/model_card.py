@@ -8,7 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import Trainer
 
-from pargs.provenance import date_now, describe_device, library_versions, repository_commit
+from pargs.origin import date_now, library_versions, repository_commit
+from pargs.processes import describe_device
 
 TRAINING_LOG = "training_log.jsonl"
 SECRET = ("hub_token",)
@@ -84,12 +85,11 @@ def write_card(trainer: Trainer, training: Training) -> str:
     seconds = next(
         (log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), 0
     )
-    device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     origin = {
         "Date": date_now(),
         "Updates": trainer.state.global_step,
         "Seconds of training": f"{seconds:.0f} (of the last launch, where it was continued)",
-        "Device": f"{describe_device(device)}, {processes} process{'es' * (processes > 1)}",
+        "Device": describe_device(),
         "Code": f"pargs, commit {repository_commit() or 'unknown: no git checkout'}",
         "Versions": ", ".join(f"{name} {number}" for name, number in library_versions().items()),
     }

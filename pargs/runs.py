@@ -2,7 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,13 @@ from pydantic import (
 
 from pargs.cli import fail
 from pargs.files import DECODE, write_text
+from pargs.origin import Origin
 
 REWARDS = "baseline_results.csv"
 REFERENCE = "reference"  # the column of the human references there
+REFERENCES = "references.json"
 METHODS_FILE = "methods.json"
+REPORTS = ("average_reward.*", "results.json", "generations.html")  # of stage 5, made from a run's results
 
 # Which continuations a decoder-only guide reads with an EOS behind them.
 GuideEos = Literal["finished", "always", "never"]
@@ -99,7 +102,7 @@ class Cost(BaseModel):
 
 
 class MethodRecord(BaseModel):
-    """One method of a run: what it was, and what it cost."""
+    """One method of a run: what it was, what it cost, and where it comes from."""
 
     method: Method
     k: PositiveInt
@@ -107,6 +110,40 @@ class MethodRecord(BaseModel):
     reference_policy: str  # pi_ref, from which KL is measured
     evaluator: str | None = None  # the reward model whose rewards the table holds; not in older records
     cost: Cost
+    # Not in older records.
+    seed: int | None = None  # of the sampling
+    dtype: str | None = None
+    fast_attention: bool = False
+    template: str | None = None  # of the prompts
+    models: dict[str, str | None] = {}  # a digest of the folder, or the hub's commit, of each model
+    origin: Origin | None = None
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        """All that decides what the method writes for a prompt, by name."""
+        asks = bool(self.method.guide or self.method.chooser)
+        return {
+            **self.method.model_dump(),
+            **self.model_dump(include={"k", "max_new_tokens", "dtype", "template"}),
+            "seed": None if self.method.greedy else self.seed,
+            "fast_attention": asks and self.fast_attention,
+            "models": {name: self.models.get(name) for name in self.method.models},
+        }
+
+
+def describe_changes(before: dict[str, object], now: dict[str, object]) -> list[str]:
+    """What differs between two recipes, e.g. "weight was 1.0, is 2.0"."""
+    changes = [
+        f"{key} was {before.get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value and key != "models"
+    ]
+    theirs, ours = (cast(dict, recipe.get("models", {})) for recipe in (before, now))
+    return changes + [
+        f"the model {name!r} was trained anew or replaced"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
+    ]
 
 
 class Generation(BaseModel):
@@ -118,6 +155,14 @@ class Generation(BaseModel):
     num_tokens: NonNegativeInt
     finish_reason: Literal["eos", "length"]
     ids: list[int] | None = None  # what the policy wrote, the EOS that ended it included
+
+
+class Reference(BaseModel):
+    """One row of `references.json`: what a human wrote, if anybody did, and its reward."""
+
+    prompt: str
+    reference: str | None
+    reward: FiniteFloat | None
 
 
 class Step(BaseModel):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import sys
 import warnings
@@ -28,7 +27,6 @@ from pargs.cli import HelpFormatter, check_values, fail, is_main, warn
 from pargs.model_card import TRAINING_LOG, Training, write_card
 from pargs.models import MODEL_ERRORS, why
 from pargs.processes import hide_bars_in_logs
-from pargs.provenance import ROOT
 
 # The libraries warn each other of names that they rename next; there is nothing to do about it here.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -354,11 +352,3 @@ def upload(trainer: Trainer, folder: Path) -> None:
         )
     except (HTTPError, OSError, ValueError) as error:  # the network, the hub, and what it cannot take
         fail(f"the model is whole in {str(folder)!r}, but it cannot be uploaded: {error}")
-
-
-def next_command(script: str, *words: str, **flags: tuple[str, str]) -> str:
-    """The command of another stage, as it can be pasted here; `flags` are (value, the usual value)."""
-    changed = [
-        word for name, (value, usual) in flags.items() if value != usual for word in (f"--{name}", value)
-    ]
-    return shlex.join(["python", os.path.relpath(ROOT / script), *words, *changed])

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from pargs.cli import fail, setting
+from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
 from pargs.model_card import Training, stated_settings
 from pargs.models import (
@@ -46,7 +46,6 @@ from pargs.training import (
     checkpoint_to_resume,
     evaluate_at_end,
     model_kwargs,
-    next_command,
     parse_settings,
     save_trained,
     settle_checkpointing,
@@ -361,14 +360,13 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
             print(f"  {name:<21}", *(f"{value:>11}" for value in values))
         print(f"  {note}")
 
-    decode = next_command(
-        "PARGS_decode/PARGS_baselines.py",
-        *("--methods", "ARGS", "PARGS-G", "PARGS"),
+    flags = changed_flags(
         full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path),
         partial_reward_model=(settings.output_dir, Settings.output_dir),
     )
-    print(f"next: {next_command('DPO_training/GPT2_large_DPO_tldr.py')}")
-    print(f"or, without the DPO baseline: {decode}")
+    next_step("DPO_training/GPT2_large_DPO_tldr.py")
+    methods = ("--methods", "ARGS", "PARGS-G", "PARGS")
+    next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, said="or, without the DPO baseline")
 
 
 def main() -> None:
@@ -394,4 +392,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command with --resume_from_checkpoint True goes on from the last checkpoint")

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +12,22 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, STAGES, assert_one_error, hub_rows, hub_test_rows, write_hub_data
+from conftest import (
+    ROOT,
+    STAGES,
+    assert_one_error,
+    hub_rows,
+    hub_test_rows,
+    write_hub_data,
+    write_prompts,
+)
 from forked import run
-from PARGS_baselines import METHODS, Settings
+from PARGS_baselines import METHODS, Settings, name_methods
 from prompts import load_prompts, read_own_prompts
-from run_state import MADE_BY, check_models, claim_directory
+from run_state import MADE_BY, check_models
 from small_runs import TEMPLATE, write_dataset
 
+from pargs.cli import next_step, run_script
 from pargs.runs import generation_path, read_generations
 
 COMMANDS = r"""
@@ -65,7 +75,7 @@ def test_readme_has_these_commands():
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS.strip().splitlines():
         assert command in readme
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) == 10
 
 
 @pytest.mark.slow
@@ -161,6 +171,61 @@ def test_what_is_missing_is_named_with_the_command(tmp_path, script, said):
     assert not list(directory.iterdir())
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_knows_ctrl_c(script):
+    assert '\n    run_script(main, "the same command' in (ROOT / script).read_text()
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    for rank, said in (("0", "\nstopped: the same command starts again\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # this process goes on
+        with pytest.raises(SystemExit) as stopped:
+            run_script(interrupted, "the same command starts again")
+        assert stopped.value.code == 130 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [(".", "Evaluation/show_result.py"), ("runs/a b", "../../Evaluation/show_result.py 'a b'")],
+)
+def test_the_next_step_can_be_typed_where_it_is_printed(tmp_path, monkeypatch, capsys, place, step):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "PARGS_decode/PARGS_baselines.py")])
+    next_step("Evaluation/show_result.py", *(["a b"] if place != "." else []))
+    assert capsys.readouterr().out == f"next: python {step}\n"
+
+
+def test_run_sh_says_what_to_type(tmp_path):
+    """Before it makes or starts anything."""
+    for name in ("run.sh", "environment.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def start(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", "run.sh", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin"},
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    status, printed = start("--help")
+    assert status == 0 and "bash run.sh demo decode -- --seed 3" in printed and "set -e" not in printed
+    one_script = "flags go to one step that is one script (reward, dpo or decode)"
+    assert_one_error(*start("demo", "decode", "report", "--", "--seed", "3"), one_script)
+    assert_one_error(*start("demo", "--", "--seed", "3"), one_script)
+    assert_one_error(*start("demo", "decode", "--seed", "3"), "bash run.sh demo decode -- --seed 3")
+    assert_one_error(*start("demo", "decod"), "bash run.sh demo decode report")
+    assert_one_error(*start("demos"), "bash run.sh demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.sh", "run.sh"]
+
+
 def refusal(capsys, function: Callable, *arguments: object) -> str:
     """The one line in which a function refuses."""
     with pytest.raises(SystemExit) as stopped:
@@ -239,19 +304,24 @@ def test_test_prompts_are_drawn_by_seed(tmp_path):
     assert len(draw(0)[0]) == 50
 
 
-def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    claim_directory({"k": 10}, {"a": "1"}, ["ARGS"], False)
-    Path("generation_args.json").write_text("[]")
-    claim_directory({"k": 10}, {"b": "2"}, ["PARGS"], False)  # another method's model
-    assert "the model 'a' (it" in refusal(capsys, claim_directory, {"k": 10}, {"a": "3"}, ["ARGS"], False)
-    Path("decoding_settings.json").rename("elsewhere.json")
-    assert "unknown settings" in refusal(capsys, claim_directory, {"k": 10}, {}, ["ARGS"], False)
+def test_how_many_prompts(tmp_path):
+    """Not said: 100 of the test split, all of a file. Said: that many, and fewer are the first of more."""
+    write_dataset(tmp_path, test=[{"prompt": f"p{at}", "reference": " r"} for at in range(120)])
+    write_prompts(tmp_path / "own", [f"own {at}" for at in range(150)])
+    folder, own = str(tmp_path / "summarize_from_feedback"), str(tmp_path / "own")
+    counts = {None: (100, 150), 0: (120, 150), 2: (2, 2), 110: (110, 110)}
+    drawn = {count: [load_prompts(folder, file, count, 1)[0] for file in (None, own)] for count in counts}
+    assert {count: tuple(map(len, found)) for count, found in drawn.items()} == counts
+    for split, file in (drawn[2], drawn[None]):
+        assert drawn[110][0][: len(split)] == split and file == [f"own {at}" for at in range(len(file))]
 
-    Path("elsewhere.json").rename("decoding_settings.json")
-    Path("generation_pargs.json").write_text("[]")
-    claim_directory({"k": 10}, {}, ["PARGS"], True)  # the named method alone
-    assert [path.name for path in Path().glob("generation_*")] == ["generation_args.json"]
-    claim_directory({"k": 5}, {}, ["PARGS"], True)
-    assert not Path("generation_args.json").exists()
-    assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (["pargs", "Top_K", "ARGS", "args"], ["PARGS", "TOP-K", "ARGS"]),
+        ([], list(METHODS)),
+    ],
+)
+def test_methods_are_known_in_any_case(asked, named):
+    assert name_methods(asked) == named

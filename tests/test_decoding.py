@@ -8,7 +8,7 @@ import PARGS_baselines
 import pytest
 import torch
 from conftest import ROOT, save, write_prompts
-from final_rewards import finished_responses, pick_best, score_finished
+from final_rewards import finished_responses, pick_best
 from guides import CachedGuide, RereadingGuide, make_guide
 from PARGS_baselines import (
     METHODS,
@@ -46,7 +46,7 @@ from pargs.runs import (
     read_traces,
     trace_path,
 )
-from pargs.scoring import Continuation, fit_pair, micro_batch_size, score_pairs
+from pargs.scoring import Continuation, fit_pair, micro_batch_size, score_finished, score_pairs
 
 TEMPLATE = "POST: {post}\nTL;DR:"
 CPU = torch.device("cpu")

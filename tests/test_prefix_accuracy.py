@@ -309,7 +309,7 @@ def test_writes_both_figures_and_the_table(small_models, tmp_path, capsys, model
     last = paired.iloc[-1]
     if last["n"] == count:
         assert last["partial_only"] - last["full_only"] == partial["correct"] - full["correct"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | TABLES
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | TABLES | {"prefix_accuracy.json"}
     for name in FIGURES:
         content = (tmp_path / "out" / name).read_bytes()
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF") and len(content) > 5000
