@@ -65,7 +65,9 @@ class Settings:
     ppo_policy: str = setting("vistagi/gpt2-large-tldr-sum-rlhf", "The RLHF model.")
 
     dataset: str = setting("summarize_from_feedback", "Where the test prompts are.")
-    prompts: str | None = setting(None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}.')
+    prompts: str | None = setting(
+        None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}, a text or messages.'
+    )
     num_prompts: NonNegativeInt = setting(100, "Test prompts to decode; 0 for all.")
 
     k: PositiveInt = setting(10, "Tokens that the policy proposes at each step.")
@@ -345,7 +347,7 @@ def main() -> None:
     check_settings(settings)
     join_processes()
     prompts, references, template = load_prompts(
-        settings.dataset, settings.prompts, settings.num_prompts, settings.seed
+        settings.dataset, settings.prompts, settings.num_prompts, settings.seed, settings.policy
     )
     methods = {name: METHODS[name](settings) for name in settings.methods or METHODS}
     models = check_models(methods, evaluator_of(settings), vars(settings))

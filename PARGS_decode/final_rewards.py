@@ -6,6 +6,7 @@ from progress import Progress, digest
 from responses import Response
 from transformers import PreTrainedTokenizerFast
 
+from pargs.chat import ChatPrompt
 from pargs.cli import fail, is_main
 from pargs.encoding import decode_texts, encode_prompts
 from pargs.models import RewardModel
@@ -69,6 +70,7 @@ def score_responses(
             num_tokens=len(response.ids),
             finish_reason=response.finish_reason,
             ids=response.written_ids,
+            turns=response.prompt.turns if isinstance(response.prompt, ChatPrompt) else None,
         )
         for response, continuation, reward in zip(responses, continuations, rewards, strict=True)
     ]

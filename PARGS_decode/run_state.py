@@ -195,7 +195,9 @@ def save_method(
     records = known_methods() | {method: record}
     write_methods({name: records[name] for name in (*order, *records) if name in records})
 
-    rows = ",\n".join(json.dumps(row.model_dump(), ensure_ascii=False) for row in generations)
+    rows = ",\n".join(
+        json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False) for row in generations
+    )
     write_text(generation_path(method), f"[\n{rows}\n]\n")
 
 

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from pargs.chat import Turn
 from pargs.cli import fail
 from pargs.files import DECODE, write_text
 
@@ -118,6 +119,7 @@ class Generation(BaseModel):
     num_tokens: NonNegativeInt
     finish_reason: Literal["eos", "length"]
     ids: list[int] | None = None  # what the policy wrote, the EOS that ended it included
+    turns: list[Turn] | None = None  # of a chat prompt, from which its ids are made
 
 
 class Step(BaseModel):

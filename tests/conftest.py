@@ -11,9 +11,10 @@ from types import ModuleType
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import preference_data_process
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -140,6 +141,27 @@ def call_main(monkeypatch, capsys) -> Callable[..., Outcome]:
         return status, "".join(capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def process(here, call_main) -> Callable[..., DatasetDict]:
+    """`process(source, ...)`: the splits that stage 1 makes of any preference dataset."""
+
+    shares = ("--validation_share", 0.2, "--test_share", 0.2)
+
+    def run(source: str, *flags: object) -> DatasetDict:
+        status, output = call_main(preference_data_process, "--source", source, *shares, *flags)
+        assert status == 0, output
+        assert [path for path in here.iterdir() if path.name.startswith(".")] == []
+        return load_from_disk("summarize_from_feedback")
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,15 @@
 import gzip
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import preference_data_process
 import pytest
 from conftest import assert_one_error
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 
 TRIPLES = [(f"Why, {name}?", f"because {name} likes it", f"go away {name}") for name in "abcdefghij"]
-FLAGS = ("--validation_share", "0.2", "--test_share", "0.2")
 
 
 def user(text: str) -> dict:
@@ -70,25 +68,6 @@ def write_source(name: str, rows: list[dict]) -> None:
         Dataset.from_list(rows).to_parquet(path)
     else:
         DatasetDict(train=Dataset.from_list(rows)).save_to_disk(path)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def process(here, call_main) -> Callable[..., DatasetDict]:
-    """`process(source, ...)`: what the script makes of it."""
-
-    def run(source: str, *flags: object) -> DatasetDict:
-        status, output = call_main(preference_data_process, "--source", source, *FLAGS, *flags)
-        assert status == 0, output
-        assert [path for path in here.iterdir() if path.name.startswith(".")] == []
-        return load_from_disk("summarize_from_feedback")
-
-    return run
 
 
 def notes() -> dict:
@@ -225,7 +204,7 @@ TURNS = [conversational(*triple) for triple in TRIPLES[:3]]
         ([separated("a", "b", "c")], [], "row 0 holds two answers and no prompt: expected a column of"),
         ([dialogue("a", "b", "c"), separated("a", "b", "c")], [], r"row 1: 'chosen' holds no '\n\nAss"),
         ([separated("a", "b", "c")], ["--separator", "%%"], "row 0: 'chosen' holds no '%%'"),
-        ([standard("a", "b", "b")] * 3, [], "0 prompts of use, and three splits need one each; dropped: {'eq"),
+        ([standard("a", "b", "b")] * 3, [], "0 prompts of use, and three splits need one each; dropped: {"),
         (GOOD, ["--test_share", "0.9"], "leave no prompt to train on"),
         (GOOD, ["--test_share", "2"], "--test_share should be less than 1, not 2.0"),
         (GOOD, ["--template", "no field"], "--template must hold {prompt} exactly once"),
