@@ -10,6 +10,7 @@ No response is cut and no pair is lost: a prompt that does not fit loses its beg
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
+from pargs.chat import with_turns
 from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
 from pargs.files import MAKE_PAIRS, check_writable, read_dataset
@@ -100,7 +102,7 @@ def load_policy_config(name: str, revision: str) -> PreTrainedConfig:
 
 
 def encode_preferences(
-    batch: dict[str, list[str]],
+    batch: Mapping[str, list],
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     max_length: int,
@@ -110,10 +112,10 @@ def encode_preferences(
 
     A prompt keeps its last min(`max_prompt_length`, `max_length` - the longer response with its EOS) tokens.
     """
-    start = start_ids(tokenizer)
-    encoded = {"prompt_ids": encode_prompts(tokenizer, batch["prompt"], template)}
+    start, prompts = start_ids(tokenizer), with_turns(batch["prompt"], batch.get("turns"))
+    encoded = {"prompt_ids": encode_prompts(tokenizer, prompts, template)}
     for side in ("chosen", "rejected"):
-        responses = encode_responses(tokenizer, batch["prompt"], batch[side])
+        responses = encode_responses(tokenizer, prompts, batch[side])
         encoded[f"{side}_ids"] = [[*ids, eos_id(tokenizer)] for ids in responses]
 
     for row, prompt_ids in enumerate(encoded["prompt_ids"]):

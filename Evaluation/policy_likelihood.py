@@ -16,6 +16,7 @@ from sampled_kl import LogProbs
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
+from pargs.chat import with_turns
 from pargs.cli import fail
 from pargs.encoding import encode_responses
 from pargs.files import DECODE
@@ -84,9 +85,13 @@ def vocabulary(name: str) -> dict[str, int]:
     return load_tokenizer(name).get_vocab()
 
 
+def prompts_of(responses: pd.DataFrame) -> list[str]:
+    return with_turns(list(responses.index.get_level_values("prompt")), responses.get("turns"))
+
+
 def pair_ids(policy: Policy, responses: pd.DataFrame, template: str, max_new_tokens: int) -> list[Pair]:
     """Each prompt as decoding reads it, and the ids that were written."""
-    prompts = list(responses.index.get_level_values("prompt"))
+    prompts = prompts_of(responses)
     prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
     vocabulary_size = policy.model.get_input_embeddings().num_embeddings
     if any(not 0 <= token < vocabulary_size for ids in responses["ids"] for token in ids):
@@ -101,7 +106,7 @@ def encode_texts_again(
 
     What spells a special token in a text stays text; special tokens of `template` are live.
     """
-    prompts = list(responses.index.get_level_values("prompt"))
+    prompts = prompts_of(responses)
     prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
     response_ids = encode_responses(policy.tokenizer, prompts, list(responses["result"]))
     eos, ended = sorted(policy.eos_ids)[:1], responses["finish_reason"] == "eos"

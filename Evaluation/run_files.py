@@ -56,9 +56,9 @@ class Run:
     """One run directory.
 
     `rewards` has a row per prompt and a column per method (and `reference`); `responses` has, per method
-    with a generation file, a row per prompt with `result`, `num_tokens`, `finish_reason` and `ids` (None in
-    older files). Both are indexed by (prompt, copy). `methods` says what each method was; `notes` names
-    everything that is missing.
+    with a generation file, a row per prompt with `result`, `num_tokens`, `finish_reason`, `ids` (None in
+    older files) and `turns` (None but of chat prompts). Both are indexed by (prompt, copy). `methods` says
+    what each method was; `notes` names everything that is missing.
     """
 
     directory: Path
@@ -131,7 +131,7 @@ def missing_rows(column: pd.Series, limit: int = 8) -> str:
 
 def read_responses(path: Path) -> pd.DataFrame:
     """One `generation_*.json`, a row per prompt."""
-    columns = ["prompt", "result", "num_tokens", "finish_reason", "ids"]
+    columns = ["prompt", "result", "num_tokens", "finish_reason", "ids", "turns"]
     rows = [generation.model_dump(include=set(columns)) for generation in read_generations(path)]
     return index_by_prompt(pd.DataFrame(rows, columns=columns))
 

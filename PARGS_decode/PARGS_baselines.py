@@ -87,7 +87,9 @@ class Settings:
     ppo_policy: str = setting("vistagi/gpt2-large-tldr-sum-rlhf", "The RLHF model.")
 
     dataset: str = setting("summarize_from_feedback", "Where the test prompts are.")
-    prompts: str | None = setting(None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}.')
+    prompts: str | None = setting(
+        None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}, a text or messages.'
+    )
     num_prompts: NonNegativeInt | None = setting(
         None, "How many to decode, 0 for all; if not given, 100 test prompts or all of --prompts."
     )
@@ -437,7 +439,7 @@ def main() -> None:
     check_settings(settings)
     join_processes()
     prompts, references, template = load_prompts(
-        settings.dataset, settings.prompts, settings.num_prompts, settings.prompt_seed
+        settings.dataset, settings.prompts, settings.num_prompts, settings.prompt_seed, settings.policy
     )
     methods = {name: METHODS[name](settings) for name in names}
     models = check_models(methods, evaluator_of(settings), vars(settings))

@@ -4,6 +4,7 @@ from progress import Progress, digest
 from responses import Response
 from transformers import PreTrainedTokenizerFast
 
+from pargs.chat import ChatPrompt
 from pargs.encoding import decode_texts, encode_prompts
 from pargs.models import RewardModel
 from pargs.processes import gather, split
@@ -66,6 +67,7 @@ def score_responses(
             num_tokens=len(response.ids),
             finish_reason=response.finish_reason,
             ids=response.written_ids,
+            turns=response.prompt.turns if isinstance(response.prompt, ChatPrompt) else None,
         )
         for response, continuation, reward in zip(responses, continuations, rewards, strict=True)
     ]
@@ -82,7 +84,7 @@ def score_again(
 ) -> list[Generation]:
     """Responses that were written before, with this reward model's rewards; every process does its share."""
     own, keep_ids = split(rows), reward_model.shares_ids_with(tokenizer)
-    prompts, continuations = [row.prompt for row in own], [Continuation.written(row, keep_ids) for row in own]
+    prompts, continuations = [row.asked for row in own], [Continuation.written(row, keep_ids) for row in own]
     rewards = score_unless_known(reward_model, prompts, continuations, template, reserved, label, progress)
     return gather(
         [row.model_copy(update={"reward": reward}) for row, reward in zip(own, rewards, strict=True)]

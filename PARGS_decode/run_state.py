@@ -221,7 +221,8 @@ def save_method(
         write_methods({name: named[name] for name in (*order, *named) if name in named}, directory)
 
     write_record(record.model_copy(update={"evaluator": None}))
-    rows = ",\n".join(json.dumps(row.model_dump(), ensure_ascii=False) for row in generations)
+    contents = [row.model_dump(exclude_none=True) for row in generations]
+    rows = ",\n".join(json.dumps(content, ensure_ascii=False) for content in contents)
     write_text(path, f"[\n{rows}\n]\n")
     write_record(record)
 

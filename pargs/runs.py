@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from pargs.chat import ChatPrompt, Turn
 from pargs.cli import fail
 from pargs.files import DECODE, write_text
 from pargs.origin import Origin
@@ -155,6 +156,12 @@ class Generation(BaseModel):
     num_tokens: NonNegativeInt
     finish_reason: Literal["eos", "length"]
     ids: list[int] | None = None  # what the policy wrote, the EOS that ended it included
+    turns: list[Turn] | None = None  # of a chat prompt, from which its ids are made
+
+    @property
+    def asked(self) -> str:
+        """The prompt as it is encoded, with its turns if it has any."""
+        return ChatPrompt(self.turns) if self.turns else self.prompt
 
 
 class Reference(BaseModel):
