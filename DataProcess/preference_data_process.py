@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template
 
 from pargs.chat import ANSWER, chat_prompt
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.models import load_tokenizer
 from pargs.prefixes import SIDES
 from pargs.processes import hide_bars_in_logs
@@ -236,8 +236,8 @@ def main() -> None:
     for split, rows in splits.items():
         print(f"  {split:<10} {len(rows):>7} rows")
     print(f"  dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'none'}")
-    print("next: python DataProcess/tldr_data_process_partial.py")
+    next_step("DataProcess/tldr_data_process_partial.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again; a dataset that was here is as it was")

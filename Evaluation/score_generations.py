@@ -57,18 +57,20 @@ def name_column(settings: Settings) -> str:
 
 def collect_answers(run: Run, reward_model: RewardModel, dataset: str) -> dict[str, list[Answer]]:
     """What each method wrote for the prompts of the run's table, and the references."""
-    prompts = set(run.rewards.index.get_level_values("prompt"))
+    # Chat prompts stand in the table as text; what was written for them keeps their turns.
+    prompts: dict[str, str] = {prompt: prompt for prompt in run.rewards.index.get_level_values("prompt")}
     answers = {}
     for method in run.responses:
         rows = [
             row for row in read_generations(generation_path(method, run.directory)) if row.prompt in prompts
         ]
         keep_ids = reads_ids(run, method, rows, reward_model)
-        answers[method] = [(row.prompt, Continuation.written(row, keep_ids)) for row in rows]
+        prompts |= {row.prompt: row.asked for row in rows}
+        answers[method] = [(row.asked, Continuation.written(row, keep_ids)) for row in rows]
     references = read_references(run, dataset)
     answers[REFERENCE] = [
-        (prompt, Continuation(references[prompt][0], True))
-        for prompt in dict.fromkeys(run.rewards.index.get_level_values("prompt"))
+        (asked, Continuation(references[prompt][0], True))
+        for prompt, asked in prompts.items()
         if prompt in references
     ]
     return answers

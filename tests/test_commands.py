@@ -75,7 +75,7 @@ def test_readme_has_these_commands():
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS.strip().splitlines():
         assert command in readme
-    assert len(SCRIPTS) == 10
+    assert len(SCRIPTS) == 11
 
 
 @pytest.mark.slow
