@@ -18,9 +18,11 @@ from conftest import (
     assert_one_error,
     hub_rows,
     hub_test_rows,
+    make_posts,
     write_hub_data,
     write_prompts,
 )
+from datasets import load_from_disk
 from forked import run
 from PARGS_baselines import METHODS, Settings, name_methods
 from prompts import load_prompts, read_own_prompts
@@ -28,7 +30,7 @@ from run_state import MADE_BY, check_models
 from small_runs import TEMPLATE, write_dataset
 
 from pargs.cli import next_step, run_script
-from pargs.runs import generation_path, read_generations
+from pargs.runs import generation_path, read_generations, read_methods
 
 COMMANDS = r"""
 python DataProcess/tldr_data_process.py
@@ -125,6 +127,35 @@ def test_commands_run_word_for_word(small_models, tmp_path):
     done = call_readme(judge, tmp_path)
     assert_one_error(done.returncode, done.stderr, "OPENAI_API_KEY")
     assert not (tmp_path / "gpt-4-evaluations").exists()
+
+
+@pytest.mark.slow
+def test_own_data_in_five_commands(small_models, tmp_path):
+    """The README's, word for word, on a CSV of 200 rows."""
+    section = (ROOT / "README.md").read_text().partition("## Your own data")[2]
+    commands = section.partition("```bash\n")[2].partition("```")[0].strip().splitlines()
+    assert len(commands) == 5
+    rows = [
+        {"prompt": f"{ask} It is my {at}th post.", "chosen": f"ask {who}", "rejected": f"{what} and so on"}
+        for at, (ask, who, what) in enumerate(make_posts(200, 3))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    names = {"HuggingFaceTB/SmolLM2-135M-Instruct": "chat"}
+    names |= {"OpenAssistant/reward-model-deberta-v3-large": "deberta"}
+    for name, model in names.items():
+        shutil.copytree(small_models[model], tmp_path / name)
+    for command in commands:
+        done = call_readme(command, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    assert set(read_methods(tmp_path)) == {"ARGS", "PARGS-G", "PARGS", "BESTN", "TOP-K", "GREEDY"}
+    written = read_generations(generation_path("PARGS", tmp_path))
+    assert len(written) == 20 and all(row.prompt.startswith("<|im_start|>system\n") for row in written)
+    chosen = {row["prompt"]: row["chosen"] for row in rows}
+    test = load_from_disk(tmp_path / "summarize_from_feedback")["test"]
+    assert [chosen[row["turns"][0]["content"]] for row in test] == test["reference"][:]
+    table = (tmp_path / "average_reward.md").read_text()
+    assert all(f"| {method} " in table for method in ("PARGS", "BESTN", "reference"))
 
 
 @pytest.fixture(scope="module")
