@@ -66,7 +66,7 @@ class Settings:
     output: str = setting("summarize_from_feedback", "Folder to write.")
 
 
-TEXT = {"prompt": Value("string")}
+PROMPT = {"prompt": Value("string")}
 TURNS = {
     "turns": List(
         {
@@ -79,9 +79,8 @@ TURNS = {
 }
 ANSWERS = {side: Value("string") for side in SIDES}
 REFERENCE = {"reference": Value("string")}
-Format = Callable[
-    [Preference], dict[str, Any]
-]  # a row as it is written; `dropped` alone where it is of no use
+# A row as it is written, or alone `dropped`, why it is of no use.
+Format = Callable[[Preference], dict[str, Any]]
 
 
 def find_layout(rows: Sequence[dict], settings: Settings) -> Layout:
@@ -184,7 +183,7 @@ def split_by_question(
 
 
 def make_datasets(splits: dict[str, list[dict]], chat: bool) -> DatasetDict:
-    prompt = TEXT | (TURNS if chat else {})
+    prompt = PROMPT | (TURNS if chat else {})
     datasets = DatasetDict()
     for split, rows in splits.items():
         features = prompt | (REFERENCE if split == "test" else ANSWERS)
