@@ -184,7 +184,8 @@ def decode(run: Path, policy: Path, data: Path, evaluator: Path, gap: float, *fl
     work = run.with_suffix(".tmp")
     work.mkdir(parents=True, exist_ok=True)
     models = ("--policy", policy, "--evaluation_reward_model", evaluator, "--dataset", data)
-    limits = ("--num_prompts", 0, "--max_new_tokens", NEW_TOKENS)
+    # bfloat16, for the time of a CPU; the rewards that are reported are in fp32.
+    limits = ("--num_prompts", 0, "--max_new_tokens", NEW_TOKENS, "--dtype", "bfloat16")
     script = (
         ("PARGS_decode/PARGS_baselines.py",) if gap == math.inf else ("benchmarks/claim/gap_rule.py", gap)
     )
