@@ -329,6 +329,10 @@ def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, capsys)
     models = ["--full_reward_model", small_models["bert"], "--partial_reward_model", small_models["bert"]]
     run_script(prefix_accuracy, tmp_path, *models, "--num_examples", 1)
     assert "1 pairs left out" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "prefix_accuracy.csv")
+    assert ((table["n"] + table["same_prefix"]) == 5).all()
+    said = refuse(prefix_accuracy, tmp_path, capsys, *models, "--max_length", 12)
+    assert "fits into --max_length 12" in said
 
     # A quick look does not replace the figures of more pairs.
     quick = [*models, "--num_examples", 1, "--num_pairs", 3]
@@ -337,10 +341,6 @@ def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, capsys)
     run_script(prefix_accuracy, tmp_path, *quick, "--overwrite")
     record = json.loads((tmp_path / "prefix_accuracy.json").read_text())
     assert record["num_pairs"] == 3 and set(record["models"]) == {small_models["bert"]}
-    table = pd.read_csv(tmp_path / "prefix_accuracy.csv")
-    assert ((table["n"] + table["same_prefix"]) == 5).all()
-    said = refuse(prefix_accuracy, tmp_path, capsys, *models, "--max_length", 12)
-    assert "fits into --max_length 12" in said
 
 
 def classifier(folder: str, to: Path, num_labels: int) -> str:
