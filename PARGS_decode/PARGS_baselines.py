@@ -476,7 +476,7 @@ def report(table: pd.DataFrame, written: list[str], left_out: dict[str, str], di
     print(f"wrote {directory / REWARDS}: {len(table)} prompts, {count_processes()}; mean rewards:")
     print(table.drop(columns="prompt").mean().round(4).to_string())
     for name, reason in left_out.items():
-        print(f"left out: {name}, for {reason}")
+        print(f"left out: {name}: {reason}")
     if left_out:
         flags = [flag for flag in sys.argv[1:] if flag != "--overwrite"]
         command = shlex.join(["python", os.path.relpath(sys.argv[0]), *flags, "--methods", *left_out])

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import PARGS_baselines
 import pytest
+import show_result
 from conftest import (
     ROOT,
     STAGES,
@@ -156,6 +158,36 @@ def test_own_data_in_five_commands(small_models, tmp_path):
     assert [chosen[row["turns"][0]["content"]] for row in test] == test["reference"][:]
     table = (tmp_path / "average_reward.md").read_text()
     assert all(f"| {method} " in table for method in ("PARGS", "BESTN", "reference"))
+
+
+@pytest.mark.slow
+def test_the_sweep_of_the_readme_ends_in_one_table(small_models, tmp_path, monkeypatch, call_main):
+    """Its lines as bash reads them, with small models; three weights by two seeds, and two more k."""
+    section = (ROOT / "README.md").read_text().partition("## Several seeds and sweeps")[2]
+    lines = section.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert len(lines) == 4
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "own", [f"POST: {at}\nTL;DR:" for at in range(4)])
+    small = ["--policy", small_models["gpt2"], "--full_reward_model", small_models["gpt2-reward"]]
+    small += ["--partial_reward_model", small_models["bert"], "--prompts", "own", "--max_new_tokens", "6"]
+    scripts = {"PARGS_baselines.py": (PARGS_baselines, small), "show_result.py": (show_result, [])}
+    monkeypatch.setattr(show_result, "save_figure", lambda figure, path: None)
+    for line in lines:
+        say = f'python() {{ printf "%q " "$@"; echo; }}; {line}'
+        commands = subprocess.run(["bash", "-c", say], capture_output=True, text=True, check=True).stdout
+        for script, *arguments in map(shlex.split, commands.splitlines()):
+            module, more = scripts[Path(script).name]
+            status, output = call_main(module, *arguments, *more)
+            assert status == 0, output
+
+    seeds = pd.read_csv("sweep/seeds/average_reward.csv", index_col="method")
+    assert list(seeds.loc[["ARGS", "PARGS"], "runs"]) == [2, 2]
+    assert seeds.loc["ARGS", "run_std"] == 0 < seeds.loc["PARGS", "run_std"]  # ARGS is greedy
+    table = pd.read_csv("sweep/table/average_reward.csv", index_col="method")
+    rows = [(1.0, 5, 1), (1.0, 20, 1), *((w, 10, 2) for w in (0.5, 1.0, 2.0))]
+    expected = {f"ARGS (weight {w}, k {k})": runs for w, k, runs in rows}
+    assert {name: runs for name, runs in table["runs"].items() if name.startswith("ARGS")} == expected
+    assert len(table) == 11 and set(table["n"]) == {0, 4}  # nobody wrote a reference
 
 
 @pytest.fixture(scope="module")

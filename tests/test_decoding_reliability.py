@@ -272,7 +272,7 @@ def test_a_result_belongs_to_its_own_settings(flags, whole, copied, decode, smal
     model.score.weight.data += 1
     model.save_pretrained(guide)
     status, output = decode(*flags, "--methods", "TOP-K")
-    assert f"left out: PARGS, for the model {str(guide)!r} is another one" not in output  # not of this launch
+    assert status == 0 and "left out" not in output, output  # that model is not of this launch
     status, output = decode(*flags)
     assert f"PARGS: decoded anew: the model {str(guide)!r} was trained anew or replaced" in output
     assert output.count("done before") == 3
@@ -285,6 +285,10 @@ def test_more_prompts_keep_those_that_are_done(flags, whole, here, decode):
     status, output = decode(*flags)
     assert status == 0 and output.count("7 of 12 prompts are decoded, the others are kept") == 4, output
     assert json.loads((here / "methods.json").read_text())["ARGS"]["cost"]["responses"] == 7
+    assert_same_files(here, whole)
+    (here / "trace_args.jsonl").unlink()
+    status, output = decode(*flags)
+    assert "ARGS: --trace decodes 12 prompts anew: their candidates were not kept" in output
     assert_same_files(here, whole)
 
     status, output = decode(*flags, "--num_prompts", 2)
@@ -311,7 +315,7 @@ def test_another_evaluator_scores_and_decodes_nothing(
 def test_no_table_mixes_settings(flags, copied, decode, monkeypatch):
     """A method of another k, or without some of the prompts, is left out; a command brings it in."""
     status, output = decode(*flags, "--methods", "args", "--k", 4)
-    assert status == 0 and "left out: PARGS, for k is 5, not 4" in output, output
+    assert status == 0 and "left out: PARGS: k is 5, not 4" in output, output
     assert header(copied) == ["prompt", "ARGS", "reference"]
     (command,) = [line for line in output.splitlines() if line.startswith("to decode them so: ")]
     _, _, *arguments = shlex.split(command.removeprefix("to decode them so: "))
@@ -320,8 +324,8 @@ def test_no_table_mixes_settings(flags, copied, decode, monkeypatch):
 
     assert decode(*flags, "--methods", "TOP-K", "--num_prompts", 5, "--overwrite")[0] == 0
     status, output = decode(*flags, "--methods", "ARGS")
-    assert "left out: TOP-K, for 7 of 12 prompts are not decoded" in output
-    assert "left out: PARGS, for k is 4, not 5" in output
+    assert "left out: TOP-K: 7 of 12 prompts are not decoded" in output
+    assert "left out: PARGS: k is 4, not 5" in output
     assert header(copied) == ["prompt", "ARGS", "reference"]
 
 

@@ -35,8 +35,9 @@ from prefix_accuracy import PERCENTAGES
 from pydantic import PositiveInt
 from real_figures import report
 from real_models import freeze, prefix_rewards, read_questions, train_evaluator, train_top, tune_policy
+from sources import load_source
 from study import ROOT, Piece, run_pieces, run_stage
-from tldr_data_process import format_prompt, format_response, load_source
+from tldr_data_process import format_prompt, format_response
 
 from pargs.cli import parse_settings, setting
 from pargs.encoding import encode_texts
