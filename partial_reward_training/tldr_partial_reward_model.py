@@ -32,7 +32,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_q
 
 from pargs.cli import fail, setting
 from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
-from pargs.model_card import Training, stated_settings
+from pargs.model_card import Training
 from pargs.models import (
     check_causal_reward_model,
     check_one_label,
@@ -56,6 +56,8 @@ from pargs.training import (
     start_tracking,
     starting,
 )
+
+PAIRS = "summarize_from_feedback"  # what the next stages read
 
 
 @dataclass
@@ -367,19 +369,21 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
         full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path),
         partial_reward_model=(settings.output_dir, Settings.output_dir),
     )
-    print(f"next: {next_command('DPO_training/GPT2_large_DPO_tldr.py')}")
-    print(f"or, without the DPO baseline: {decode}")
+    if Path(PAIRS).is_dir():
+        print(f"next: {next_command('DPO_training/GPT2_large_DPO_tldr.py')}")
+        print(f"or, without the DPO baseline: {decode}")
+    else:
+        print(f"next: {decode} --dataset DATASET, what the first script wrote")
 
 
 def main() -> None:
-    settings = parse_settings(Settings, __doc__)
-    stated = stated_settings(settings)
+    settings, stated = parse_settings(Settings, __doc__)
     settings.remove_unused_columns = False
     check_writable(Path(settings.output_dir))
     settle_logging(settings)
     settle_hub(settings)
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
-    settings.eval_on_start = settings.eval_on_start and checkpoint is None
+    settings.eval_on_start = settings.eval_on_start and settings.eval_strategy != "no" and checkpoint is None
 
     trainer = make_trainer(settings)
     start_tracking(settings)
