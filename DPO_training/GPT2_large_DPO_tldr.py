@@ -25,7 +25,7 @@ from pargs.chat import with_turns
 from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.encoding import encode_prompts, encode_responses, eos_id, start_ids
 from pargs.files import MAKE_PAIRS, check_writable, read_dataset
-from pargs.model_card import Training, stated_settings
+from pargs.model_card import Training
 from pargs.models import (
     check_eos,
     is_causal,
@@ -186,7 +186,7 @@ def describe(trainer: DPOTrainer, settings: Settings, stated: dict[str, Any]) ->
     figures = {name: [f"{value:.3f}"] for name, value in held_out_figures(trainer).items()}
     held_out = len(cast(Dataset, trainer.eval_dataset)) if figures else 0
     return Training(
-        summary="A LoRA adapter of a summarisation policy, trained with DPO on pairs of responses.",
+        summary="A LoRA adapter of a language model, trained with DPO on pairs of responses.",
         library="peft",
         settings=stated,
         data=f"`{settings.dataset}`: {len(cast(Dataset, trainer.train_dataset)):,} comparisons",
@@ -209,13 +209,13 @@ def report(trainer: DPOTrainer, settings: Settings) -> None:
     flags = changed_flags(
         policy=(settings.model_name_or_path, Settings.model_name_or_path),
         dpo_policy=(settings.output_dir, Settings.output_dir),
+        dataset=(settings.dataset, Settings.dataset),
     )
     next_step("PARGS_decode/PARGS_baselines.py", *flags)
 
 
 def main() -> None:
-    settings = parse_settings(Settings, __doc__)
-    stated = stated_settings(settings)
+    settings, stated = parse_settings(Settings, __doc__)
     if not settings.use_peft:
         fail("this stage saves a LoRA adapter: --use_peft must stay on")
     check_writable(Path(settings.output_dir))

@@ -12,7 +12,6 @@ from pargs.origin import date_now, library_versions, repository_commit
 from pargs.processes import describe_device
 
 TRAINING_LOG = "training_log.jsonl"
-SECRET = ("hub_token",)
 
 TEMPLATE = """\
 ---
@@ -59,23 +58,11 @@ class Training:
 
     summary: str  # a sentence or two: what the model is, and how it was trained
     library: str  # that loads it: transformers or peft
-    settings: dict[str, Any]  # as they were given, before anything changed them
+    settings: dict[str, Any]  # as they were stated
     data: str
     held_out_columns: list[str]
     held_out: dict[str, list[str]]  # a figure's name -> its value in each column
     held_out_note: str = ""
-
-
-def stated_settings(settings: Any) -> dict[str, Any]:
-    """The settings of the script, and the inherited ones that are not as in a bare command; no secret."""
-    bare, own = type(settings)(), type(settings).__annotations__
-    names = [*own, *(field.name for field in fields(settings) if field.name not in own)]
-    values = {name: (getattr(settings, name), getattr(bare, name)) for name in names if name not in SECRET}
-    return {
-        name: getattr(value, "value", value)  # an enumeration's own word
-        for name, (value, usual) in values.items()
-        if name in own or value != usual
-    }
 
 
 def write_card(trainer: Trainer, training: Training) -> str:

@@ -36,6 +36,7 @@ OLD_FLAGS = {
     "--no_remove_unused_columns": "--remove_unused_columns=False",
     "--torch_dtype": "--dtype",
 }
+SECRET = ("hub_token",)  # settings that stand in no card
 FILE_LIST = "whole.json"
 ACCURACIES = ("accuracy", "rewards/accuracies")  # of the reward trainer, of the DPO trainer
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk, in three libraries
@@ -50,20 +51,30 @@ class TrainingParser(TrlParser):
         kinds: Any = (kind,)
         usage = "%(prog)s [--help] [--config SETTINGS.yaml] [--SETTING VALUE ...]"
         super().__init__(kinds, usage=usage, description=description, formatter_class=HelpFormatter)
+        self.usual = dict(vars(super().parse_known_args([])[0]))
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """As in `HfArgumentParser`, in two groups."""
-        kinds, known, own = (
-            get_type_hints(dtype),
-            {field.name: field for field in fields(dtype)},
-            dtype.__annotations__,
-        )
-        others = [name for name, field in known.items() if field.init and name not in own]
+        kinds, own = get_type_hints(dtype), dtype.__annotations__
+        known = {field.name: field for field in fields(dtype) if field.init}
+        others = [name for name in known if name not in own]
         for title, names in (("settings of this script", own), ("settings that TRL's trainer knows", others)):
             group = self.add_argument_group(title)
             for name in names:
                 known[name].type = kinds[name]
                 self._parse_dataclass_field(group, known[name])  # type: ignore
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Keeps what was parsed: TRL's settings change each other once they are made."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        self.parsed = dict(vars(parsed))  # of which HfArgumentParser takes things out
+        return parsed, rest
+
+    def stated(self, kind: type) -> dict[str, Any]:
+        """The script's own settings, and those of TRL that are not as usual; no secret."""
+        own = {name: self.parsed[name] for name in kind.__annotations__}
+        others = {name: value for name, value in self.parsed.items() if value != self.usual[name]}
+        return {name: value for name, value in (own | others).items() if name not in SECRET}
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help")
@@ -73,8 +84,8 @@ class TrainingParser(TrlParser):
             super().print_help(file)
 
 
-def parse_settings(kind: type[T], description: str | None) -> T:
-    """The settings that the command line gives; exits where one of them cannot be."""
+def parse_settings(kind: type[T], description: str | None) -> tuple[T, dict[str, Any]]:
+    """The settings that the command line gives, and as they were stated; exits where one cannot be."""
     hide_bars_in_logs()
     parser = TrainingParser(kind, description)
     arguments = rename_old_flags(sys.argv[1:])
@@ -93,7 +104,7 @@ def parse_settings(kind: type[T], description: str | None) -> T:
         fail("--trust_remote_code stays off: this project runs no code from a model repository")
     if not model_flags.get("weights_only", True):
         fail("weights_only stays on: this project loads no pickled code")
-    return settings
+    return settings, parser.stated(kind)
 
 
 def rename_old_flags(arguments: list[str]) -> list[str]:

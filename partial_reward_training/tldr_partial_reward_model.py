@@ -32,7 +32,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_q
 
 from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
-from pargs.model_card import Training, stated_settings
+from pargs.model_card import Training
 from pargs.models import (
     check_causal_reward_model,
     check_one_label,
@@ -55,6 +55,8 @@ from pargs.training import (
     start_tracking,
     starting,
 )
+
+PAIRS = "summarize_from_feedback"  # what the next stages read
 
 
 @dataclass
@@ -364,20 +366,23 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
         full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path),
         partial_reward_model=(settings.output_dir, Settings.output_dir),
     )
-    next_step("DPO_training/GPT2_large_DPO_tldr.py")
     methods = ("--methods", "ARGS", "PARGS-G", "PARGS")
-    next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, said="or, without the DPO baseline")
+    if Path(PAIRS).is_dir():
+        next_step("DPO_training/GPT2_large_DPO_tldr.py")
+        next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, said="or, without the DPO baseline")
+    else:
+        dataset = ("--dataset", "DATASET")  # what the first script wrote, wherever that is
+        next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, *dataset)
 
 
 def main() -> None:
-    settings = parse_settings(Settings, __doc__)
-    stated = stated_settings(settings)
+    settings, stated = parse_settings(Settings, __doc__)
     settings.remove_unused_columns = False
     check_writable(Path(settings.output_dir))
     settle_logging(settings)
     settle_hub(settings)
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
-    settings.eval_on_start = settings.eval_on_start and checkpoint is None
+    settings.eval_on_start = settings.eval_on_start and settings.eval_strategy != "no" and checkpoint is None
 
     trainer = make_trainer(settings)
     start_tracking(settings)

@@ -433,8 +433,10 @@ def test_a_scripts_own_settings_come_first_in_its_help(call_main, module):
 def test_settings_can_be_read_from_a_file(here, monkeypatch):
     Path("settings.yaml").write_text("learning_rate: 3e-4\neval_entries: 12\n")
     monkeypatch.setattr(sys, "argv", ["train", "--config=settings.yaml", "--eval_entries", "8"])
-    settings = training.parse_settings(Settings, None)
+    settings, stated = training.parse_settings(Settings, None)
     assert (settings.learning_rate, settings.eval_entries) == (3e-4, 8)
+    assert stated["learning_rate"] == 3e-4 and stated["report_to"] == "wandb"
+    assert [*stated] == [name for name in stated if name in Settings.__annotations__]
 
 
 def test_old_flags_and_unsupported_precision(capsys, monkeypatch):
