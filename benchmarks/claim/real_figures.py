@@ -168,9 +168,9 @@ def comparison_table(arms: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for second, firsts in PAIRED:
         for first in firsts:
-            both = [arms[arms["label"] == label] for label in (first, second)]
+            one, other = (arms[arms["label"] == label] for label in (first, second))
             for measure in MEASURES:
-                rows.append({"first": first, "second": second, "measure": measure} | compare(*both, measure))
+                rows.append({"first": first, "second": second, "measure": measure} | compare(one, other, measure))
     return pd.DataFrame(rows)
 
 

@@ -143,7 +143,9 @@ class TopCollator:
 class TopTrainer(Trainer):
     """Bradley-Terry on the prefixes of whole comparisons, averaged over those of a batch, as in stage 2."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    model: Any
+
+    def compute_loss(self, model: Any, inputs, return_outputs=False, num_items_in_batch=None):
         read_out = inputs.pop("read_out")  # [2, batch, entries]
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
         at_tokens = model.score(hidden).float().squeeze(-1)  # [batch, tokens]
@@ -270,7 +272,7 @@ def tune_policy(dataset: Path, start: Path, output: Path, epochs: int, rate: flo
         top = list(range(NUM_FROZEN, policy.config.num_hidden_layers))
         linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         adapter = LoraConfig(r=32, lora_alpha=32, target_modules=linear, layers_to_transform=top)
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             policy, arguments, train_dataset=examples, processing_class=tokenizer, peft_config=adapter
         )
         trainer.train()
