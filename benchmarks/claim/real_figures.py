@@ -170,7 +170,8 @@ def comparison_table(arms: pd.DataFrame) -> pd.DataFrame:
         for first in firsts:
             one, other = (arms[arms["label"] == label] for label in (first, second))
             for measure in MEASURES:
-                rows.append({"first": first, "second": second, "measure": measure} | compare(one, other, measure))
+                row = {"first": first, "second": second, "measure": measure}
+                rows.append(row | compare(one, other, measure))
     return pd.DataFrame(rows)
 
 
