@@ -172,7 +172,7 @@ function setUpToolbar() {
 
 // The candidates of a token -------------------------------------------------------------------------------
 
-// log p + w r of each candidate; null where a part of it is not known. A log p of null is that of p = 0.
+// log p + w r of each candidate; null where a part of it is not known. A log p of null: it could not be chosen.
 function scoresOf(step, weight) {
   return step.log_probs.map((log_p, at) =>
     log_p === null || step.rewards[at] === null ? null : log_p + weight * step.rewards[at],
@@ -181,8 +181,9 @@ function scoresOf(step, weight) {
 
 // How probable it was that each candidate would be taken; of none, where a reward is not known.
 function probabilitiesOf(step, scores, rule) {
-  if (step.rewards.includes(null)) return scores.map(() => null);
-  if (rule.greedy) return scores.map((_, at) => Number(at === step.chosen));
+  const possible = step.log_probs.map((log_p) => log_p !== null);
+  if (rule.greedy || possible.filter(Boolean).length === 1) return scores.map((_, at) => Number(at === step.chosen));
+  if (scores.some((score, at) => possible[at] && score === null)) return scores.map(() => null);
   const highest = Math.max(...scores.filter((score) => score !== null));
   const shares = scores.map((score) => (score === null ? 0 : Math.exp(score - highest)));
   const sum = shares.reduce((a, b) => a + b, 0);

@@ -18,7 +18,7 @@ def facts_of(run: Run, method: str) -> Facts:
     """All that a method's record says of how it decoded and was scored, but for the seed."""
     record = run.methods[method]
     named = record.method.model_dump(exclude={"policy", "guide", "chooser"})
-    named |= record.model_dump(include={"k", "max_new_tokens", "template", "dtype"})
+    named |= record.model_dump(include={"k", "candidate_gap", "max_new_tokens", "template", "dtype"})
     facts: Facts = {name: (value, str(value)) for name, value in named.items() if value is not None}
     own = record.method
     models = {"policy": own.policy, "guide": own.guide, "chooser": own.chooser, "evaluator": record.evaluator}

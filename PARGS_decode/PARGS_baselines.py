@@ -97,6 +97,9 @@ class Settings:
     output_dir: str = setting(".", "Where everything is written: a run directory.")
 
     k: PositiveInt = setting(10, "Tokens that the policy proposes at each step.")
+    candidate_gap: PositiveFloat | None = setting(
+        None, "Leave out candidates more than so many nats below the most probable; none unless given."
+    )
     max_new_tokens: PositiveInt = setting(64, "Longest response in tokens.")
     args_weight: FiniteFloat = setting(1.0, "w of ARGS in log pi + w * r.")
     pargs_g_weight: FiniteFloat = setting(1.0, "w of PARGS-G.")
@@ -141,16 +144,22 @@ METHODS: dict[str, Callable[[Settings], Method]] = {
 # Choosing a token
 
 
-def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_candidates(
+    logits: torch.Tensor, k: int, gap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most probable tokens and their log-probabilities over the whole vocabulary, both [batch, k].
 
-    Candidates come by falling probability, equal ones by rising id.
+    Candidates come by falling probability, equal ones by rising id. Those more than `gap` nats below the
+    first have the log-probability -inf: they are never chosen, and no guide is asked about them.
     """
     log_probs = logits.float().log_softmax(-1)  # [batch, vocabulary]
     # 1e-13 an id separates equal values and is below the distance of different ones.
     by_id = torch.arange(log_probs.shape[-1], device=log_probs.device, dtype=torch.float64) * 1e-13
     candidates = (log_probs.double() - by_id).topk(min(k, log_probs.shape[-1])).indices
-    return candidates, log_probs.gather(1, candidates)
+    log_probs = log_probs.gather(1, candidates)
+    if gap is not None:
+        log_probs = log_probs.masked_fill(log_probs < log_probs[:, :1] - gap, -torch.inf)
+    return candidates, log_probs
 
 
 def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
@@ -161,7 +170,8 @@ def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
     if uniforms is None:
         return scores.argmax(-1)
     cdf = scores.softmax(-1).cumsum(-1)
-    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1)  # the last candidate has the rest
+    # The last candidate that can be chosen has the rest.
+    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1).minimum((scores > -torch.inf).sum(-1) - 1)
 
 
 def uniform(seed: int, method: str, prompt: str, sample: int, step: int) -> float:
@@ -214,9 +224,12 @@ def decode_wave(
         guide.begin(responses)
 
     for step in range(settings.max_new_tokens):
-        candidates, log_probs = top_candidates(logits, settings.k)  # both [batch, k]
-        rewards = guide.score(responses, candidates) if guide else torch.zeros_like(log_probs)
-        scores = log_probs.double() + method.weight * rewards.double()
+        candidates, log_probs = top_candidates(logits, settings.k, settings.candidate_gap)  # both [batch, k]
+        kept = log_probs > -torch.inf
+        asked = kept & (kept.sum(1, keepdim=True) > 1)  # one candidate needs no reward
+        about = asked if settings.candidate_gap else None  # all: nothing to look up on the device
+        rewards = guide.score(responses, candidates, about) if guide else torch.zeros_like(log_probs)
+        scores = log_probs.double() + method.weight * rewards.double().where(asked, 0)
 
         uniforms = None if method.greedy else draw_uniforms(responses, name, step, settings.seed, device)
         choice = choose(scores, uniforms)[:, None]  # [batch, 1]
@@ -224,22 +237,23 @@ def decode_wave(
         if guide and settings.trace:
             keep_trace(policy, responses, candidates, log_probs, rewards, choice)
 
-        # log pi may be -inf, a reward may not.
-        usable = rewards.isfinite().all(1, keepdim=True) & ~scores.isnan().any(1, keepdim=True)
-        ended = append_tokens(policy, responses, torch.cat([tokens, usable], 1), settings.max_new_tokens)
+        # log pi may be -inf, a reward that was asked for may not.
+        usable = (rewards.isfinite() | ~asked).all(1, keepdim=True) & ~scores.isnan().any(1, keepdim=True)
+        taken = torch.cat([tokens, usable, kept.sum(1, keepdim=True)], 1)
+        ended = append_tokens(policy, responses, taken, settings.max_new_tokens)
         yield [response for response, ends in zip(responses, ended, strict=True) if ends]
 
-        kept = [at for at, ends in enumerate(ended) if not ends]
-        if not kept:
+        going_on = [at for at, ends in enumerate(ended) if not ends]
+        if not going_on:
             return
-        if len(kept) < len(responses):
-            responses = [responses[at] for at in kept]
-            index = torch.tensor(kept, device=device)
+        if len(going_on) < len(responses):
+            responses = [responses[at] for at in going_on]
+            index = torch.tensor(going_on, device=device)
             tokens, mask = tokens[index], mask[index]
             # The layers of a spread policy lie on several devices; an index on the host suits all.
             past_key_values.batch_select_indices(index.cpu() if settings.device_map else index)
             if guide:
-                guide.keep(kept)
+                guide.keep(going_on)
 
         position_ids = mask.sum(1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)
@@ -331,15 +345,14 @@ def run_method(
     if method.chooser:
         chooser = get_reward_model(method.chooser, settings)
         responses = pick_best(responses, method.best_of, chooser, tokenizer, template, reserved)
-    steps_taken = sum(len(response.written_ids) for response in decoded.written)
     cost = Cost(
         responses=len(decoded.written),
         seconds=time.perf_counter() - started,
         tokens=sum(len(response.ids) for response in decoded.written),
         reward_calls=sum(reward_model.calls for reward_model in asked),
         reward_tokens=sum(reward_model.tokens_read for reward_model in asked),
-        steps=steps_taken,
-        candidates=steps_taken * settings.k,
+        steps=sum(len(response.written_ids) for response in decoded.written),
+        candidates=sum(response.num_candidates for response in decoded.written),
         peak_gb=peak_gb(device),
     )
 
@@ -376,6 +389,7 @@ def describe_methods(
         name: MethodRecord(
             method=method,
             k=settings.k,
+            candidate_gap=settings.candidate_gap,
             max_new_tokens=settings.max_new_tokens,
             reference_policy=settings.policy,
             evaluator=evaluator,
@@ -463,7 +477,8 @@ def main() -> None:
     if is_main():
         update_records(records, directory)
         save_references(prompts, references, rewards, directory)
-        shared = {key: getattr(settings, key) for key in ("k", "max_new_tokens", "seed", "dtype")}
+        alike = ("k", "candidate_gap", "max_new_tokens", "seed", "dtype")
+        shared = {key: getattr(settings, key) for key in alike}
         shared |= {"template": template, "evaluator": evaluator_of(settings), "models": models}
         table, left_out = collect_rewards(list(METHODS), prompts, rewards, shared, directory)
         write_text(directory / REWARDS, table.to_csv(index=False))

@@ -107,6 +107,7 @@ class MethodRecord(BaseModel):
 
     method: Method
     k: PositiveInt
+    candidate_gap: float | None = None  # nats below the most probable candidate; None leaves none out
     max_new_tokens: PositiveInt
     reference_policy: str  # pi_ref, from which KL is measured
     evaluator: str | None = None  # the reward model whose rewards the table holds; not in older records
@@ -125,7 +126,7 @@ class MethodRecord(BaseModel):
         asks = bool(self.method.guide or self.method.chooser)
         return {
             **self.method.model_dump(),
-            **self.model_dump(include={"k", "max_new_tokens", "dtype", "template"}),
+            **self.model_dump(include={"k", "candidate_gap", "max_new_tokens", "dtype", "template"}),
             "seed": None if self.method.greedy else self.seed,
             "fast_attention": asks and self.fast_attention,
             "models": {name: self.models.get(name) for name in self.method.models},
@@ -173,7 +174,10 @@ class Reference(BaseModel):
 
 
 class Step(BaseModel):
-    """The candidates of one step of a guided method, the most probable first."""
+    """The candidates of one step of a guided method, the most probable first.
+
+    One that could not be chosen has no log-probability, and one that the guide was not asked about no reward.
+    """
 
     tokens: list[str]
     log_probs: list[float | None]

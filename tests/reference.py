@@ -5,6 +5,7 @@ own pair encoding; a causal one reads the policy's ids, or the text where it has
 the response is finished, whichever of the policy's ended it.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,13 @@ class Reference:
         uniforms: Callable[[int], float] | None = None,
         eos: Collection[int] = (),
         guide_eos: str = "finished",
+        gap: float = math.inf,
     ) -> list[Step]:
         """Write one response, ended by any of `eos`.
 
         The guide reads an EOS behind what is finished, or `guide_eos` is "always" or "never".
-        `uniforms(step)` gives the random number of a step, None decodes greedily.
+        `uniforms(step)` gives the random number of a step, None decodes greedily. Candidates more than `gap`
+        nats below the most probable are left out.
         """
         prompt_ids = self.tokenizer(prompt)["input_ids"]
         response, steps, end = [], [], self.tokenizer.eos_token_id
@@ -104,8 +107,8 @@ class Reference:
             # One more than the candidates: a token just outside the top k could have been in it.
             log_probs, tokens = sorted_log_probs[: k + 1].tolist(), by_probability[: k + 1].tolist()
 
-            scores = []
-            for token, score in zip(tokens[:k], log_probs, strict=False):
+            scores, near = [], [log_prob for log_prob in log_probs[:k] if log_prob >= log_probs[0] - gap]
+            for token, score in zip(tokens[: len(near)], near, strict=True):
                 if weight:
                     ids = response if token in eos else [*response, token]
                     finished = token in eos if guide_eos == "finished" else guide_eos == "always"
@@ -116,6 +119,7 @@ class Reference:
             chosen, margin = pick(scores, None if uniforms is None else uniforms(step))
             if k < len(tokens):
                 margin = min(margin, log_probs[k - 1] - log_probs[k])
+            margin = min([margin, *(abs(log_probs[0] - gap - each) for each in log_probs[1:k])])
             steps.append(Step(tokens[chosen], margin))
             if tokens[chosen] in eos:
                 break

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import gap_rule
 import pytest
 import real_figures
 import real_models
@@ -13,15 +12,12 @@ from arms import read_as
 from conftest import hub_rows, hub_test_rows, save, write_hub_data
 from datasets import load_from_disk
 from real_models import Question
-from small_runs import run_script
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from pargs.models import RewardModel, load_reward_model
-from pargs.runs import read_generations
 from pargs.scoring import score_pairs
 
 END = 3
-TOP_CANDIDATES = gap_rule.decoding.top_candidates
 QUESTIONS = [
     Question([40, 41, 42, 43], [[50, 51, 52, END], [50, 60, END], [61, 62, 63, 64, 65, END]]),
     Question([44, 45], [[52, END], [53, 54, 55, END]]),
@@ -165,23 +161,3 @@ def test_a_row_of_the_table_is_of_prompts(tmp_path: Path) -> None:
     assert of.loc["full open", "right"] == 0.5 and of.loc["full open", "pairs"] == 4
     gain = paired.set_index("second").loc["full open"]
     assert gain["difference"] == pytest.approx(0.25) and gain["p_seed_1"] == 1.0
-
-
-@pytest.mark.slow
-def test_a_gap_of_nothing_leaves_the_most_probable_token(
-    small_models, posts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sampling then writes what greedy decoding does, which it does not without the rule."""
-    models = ("--policy", small_models["gpt2"], "--full_reward_model", small_models["bert"])
-    flags = (*models, "--dataset", posts / "relevance", "--max_new_tokens", 8)
-    written = []
-    for name, module, gap in (("with", gap_rule, [0]), ("without", gap_rule.decoding, [])):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(gap_rule.decoding, "top_candidates", TOP_CANDIDATES)
-        run_script(module, tmp_path / name, *gap, *flags, "--methods", "TOP-K", "GREEDY")
-        texts = [
-            read_generations(tmp_path / name / f"generation_{stem}.json") for stem in ("top_k", "greedy")
-        ]
-        written.append([[row.result for row in rows] for rows in texts])
-    (sampled, greedy), (plain, _) = written
-    assert sampled == greedy != plain

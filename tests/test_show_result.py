@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from policy_likelihood import Pair, encode_texts_again, response_log_probs
 from response_measures import distinct_n, rouge_l
 from run_files import index_by_prompt, read_run
+from sampled_kl import trace_log_probs
 from small_runs import (
     CSV,
     PROMPTS,
@@ -491,7 +492,9 @@ def pairs_of(
     return encode_texts_again(policy, index_by_prompt(rows), template, max_new_tokens=8)
 
 
-def log_probs_one_by_one(policy: Policy, prompt_ids: list[int], ids: list[int], k: int = 1) -> np.ndarray:
+def log_probs_one_by_one(
+    policy: Policy, prompt_ids: list[int], ids: list[int], k: int = 1, gap: float = np.inf
+) -> np.ndarray:
     """Both log-probabilities of each token, [2, response]: no batch, no padding, one forward pass a token."""
     found = []
     for at, token in enumerate(ids):
@@ -499,7 +502,8 @@ def log_probs_one_by_one(policy: Policy, prompt_ids: list[int], ids: list[int], 
             logits = policy.model(torch.tensor([prompt_ids + ids[:at]])).logits[0, -1]
         probabilities = logits.double().softmax(-1)
         top = probabilities.topk(k)
-        in_top = probabilities[token] / top.values.sum() * (token in top.indices.tolist())
+        near = top.values >= top.values[0] * np.exp(-gap)
+        in_top = probabilities[token] / top.values[near].sum() * (token in top.indices[near].tolist())
         found.append([float(probabilities[token].log()), float(in_top.log())])
     return np.array(found).T
 
@@ -522,6 +526,11 @@ def test_log_probs_of_a_padded_batch(small_models):
         expected = log_probs_one_by_one(policy, *pairs[at][:2], k=40)
         np.testing.assert_allclose(results[at], expected, rtol=1e-4)
     assert np.isinf(results[0][1]).any() and np.isfinite(results[0][1]).any()  # both kinds were compared
+    near = response_log_probs(policy, pairs[:2], k=40, batch_size=3, label="", gap=2.0)
+    for at in (0, 1):
+        expected = log_probs_one_by_one(policy, *pairs[at][:2], k=40, gap=2.0)
+        np.testing.assert_allclose(near[at], expected, rtol=1e-4)
+    assert any((near[at][1] != results[at][1]).any() for at in (0, 1))
     assert len(results[2][0]) == len(results[3][0]) == 0
 
 
@@ -681,6 +690,13 @@ def test_kl_from_traces_by_hand(tmp_path, report):
     assert table.loc[["PARGS-DPO", "TOP-K", "BESTN"], "sampled_kl"].isna().all()
     assert "no KL for PARGS-DPO, TOP-K: it takes --policy" in printed
     assert "no KL for BESTN: the best of several samples" in printed
+
+
+def test_what_a_gap_left_out_has_no_part_in_kl():
+    left = Step(tokens=["a", "b", "c"], log_probs=[-1, -2, None], rewards=[0.5, 1, None], chosen=1)
+    sure = Step(tokens=["a", "b", "c"], log_probs=[-0.5, None, None], rewards=[None] * 3, chosen=0)
+    log_p, log_q = trace_log_probs([left, sure], Method(policy="p", guide="r", weight=2))
+    assert log_p == -2.5 and log_q == pytest.approx(np.log(0.5))  # both scores of the first are 0
 
 
 def test_a_run_without_records_has_its_table_and_page_but_no_kl(tmp_path, report):

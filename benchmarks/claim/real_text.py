@@ -18,7 +18,6 @@ command goes on where it was stopped; nothing is chosen by what comes out.
 """
 
 import json
-import math
 import os
 import random
 import shutil
@@ -36,7 +35,7 @@ from pydantic import PositiveInt
 from real_figures import report
 from real_models import freeze, prefix_rewards, read_questions, train_evaluator, train_top, tune_policy
 from sources import load_source
-from study import ROOT, Piece, run_pieces, run_stage
+from study import Piece, run_pieces, run_stage
 from tldr_data_process import format_prompt, format_response
 
 from pargs.cli import parse_settings, setting
@@ -55,7 +54,7 @@ LONGEST = {"hh": 256}  # tokens of a prompt and a response, else 512
 NUM_POSTS = {"test": 50, "validation": 100, "train": 400, "evaluator": 240}
 OTHERS = {"train": 3, "validation": 4, "evaluator": 5}  # other posts' summaries for each post
 NEW_TOKENS = 48
-GAPS = (math.inf, 3.0, 2.0)
+GAPS: tuple[float | None, ...] = (None, 3.0, 2.0)
 NUM_OTHER_POSTS = 9  # that a response is held against
 
 
@@ -179,18 +178,14 @@ def check_evaluator(evaluator: Path, dataset: Path, output: Path) -> None:
 # Decoding
 
 
-def decode(run: Path, policy: Path, data: Path, evaluator: Path, gap: float, *flags: Any) -> None:
-    """Stage 4 on the test posts, in a directory that appears when all of it is done; a `gap` leaves
-    candidates out."""
+def decode(run: Path, policy: Path, data: Path, evaluator: Path, *flags: Any) -> None:
+    """Stage 4 on the test posts, in a directory that appears when all of it is done."""
     work = run.with_suffix(".tmp")
     work.mkdir(parents=True, exist_ok=True)
     models = ("--policy", policy, "--evaluation_reward_model", evaluator, "--dataset", data)
     # bfloat16, for the time of a CPU; the rewards that are reported are in fp32.
     limits = ("--num_prompts", 0, "--max_new_tokens", NEW_TOKENS, "--dtype", "bfloat16")
-    script = (
-        ("PARGS_decode/PARGS_baselines.py",) if gap == math.inf else ("benchmarks/claim/gap_rule.py", gap)
-    )
-    run_stage(script[0], work, *script[1:], *models, *limits, *flags)
+    run_stage("PARGS_decode/PARGS_baselines.py", work, *models, *limits, *flags)
     os.rename(work, run)
 
 
@@ -269,9 +264,9 @@ def decoding_pieces(
         Piece(held_out, check_evaluator, (evaluator, encoded, held_out), (evaluator,)),
     ]
 
-    def run(name: str, *flags: Any, needs: tuple[Path, ...] = (), gap: float = math.inf) -> None:
+    def run(name: str, *flags: Any, needs: tuple[Path, ...] = ()) -> None:
         output = results / f"relevant-{name}.json"
-        arguments = (runs / name, tuned, posts, evaluator, gap, *flags)
+        arguments = (runs / name, tuned, posts, evaluator, *flags)
         pieces.append(Piece(runs / name, decode, arguments, (tuned, evaluator, *needs)))
         pieces.append(
             Piece(output, hold_against_others, (runs / name, evaluator, posts, output), (runs / name,))
@@ -283,7 +278,8 @@ def decoding_pieces(
         full, partial = (models / f"relevance-{kind}-s{seed}" for kind in ("full", "partial"))
         guides = ("--full_reward_model", full, "--partial_reward_model", partial, "--trace")
         run(f"greedy-s{seed}", *guides, "--methods", "ARGS", "PARGS-G", needs=(full, partial))
-        closed = ("--methods", "ARGS", "--args_eos", "always")
+        # In bfloat16 cached rewards of closed prefixes are too far off: stage 4 would read each afresh.
+        closed = ("--methods", "ARGS", "--args_eos", "always", "--dtype", "float32")
         run(f"closed-s{seed}", *guides, *closed, needs=(full, partial))
         for sampling_seed in SAMPLING_SEEDS:
             sampled = ("--methods", "PARGS", "--seed", sampling_seed)
@@ -294,7 +290,8 @@ def decoding_pieces(
     guides = ("--full_reward_model", full, "--partial_reward_model", partial)
     sampled = ("--methods", "TOP-K", "PARGS", "BESTN", "--best_of", 4, "--seed", SAMPLING_SEEDS[0])
     for gap in GAPS:
-        run(f"gap-{gap:g}", *guides, *sampled, needs=(full, partial), gap=gap)
+        rule = ("--candidate_gap", gap) if gap else ()
+        run(f"gap-{gap or 'none'}", *guides, *sampled, *rule, needs=(full, partial))
     return pieces
 
 
@@ -306,7 +303,6 @@ def here(name: str) -> str:
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ["PYTHONPATH"] = str(ROOT / "PARGS_decode")  # where gap_rule.py finds stage 4
     out = Path(settings.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     run_pieces(plan(settings), settings.workers, out / "seconds.json")
