@@ -9,6 +9,7 @@ No response is cut and no pair is lost: a prompt that does not fit loses its beg
     python DPO_training/GPT2_large_DPO_tldr.py
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Settings(DPOConfig, ModelConfig):
     eval_comparisons: NonNegativeInt = setting(
         256, "Validation comparisons to evaluate on, at the end at least; 0 means none."
     )
+    # TRL averages over batches: of one comparison each, all count alike.
+    per_device_eval_batch_size: PositiveInt = setting(1, "Comparisons an evaluation step.")
     logging_steps: PositiveFloat = setting(10, "Updates between log lines.")
     logging_first_step: bool = setting(True, "Log the first update, too.")
     report_to: None | str | list[str] = setting("wandb", "Tracker, or none.")
@@ -128,12 +131,18 @@ def encode_preferences(
 
 def make_trainer(settings: Settings) -> DPOTrainer:
     # What lies here first, then what may have to come from the hub.
-    splits = ["train"] + ["validation"] * (settings.eval_comparisons > 0)
+    evaluates = settings.eval_comparisons > 0 and Path(settings.dataset, "validation").is_dir()
+    splits = ["train"] + ["validation"] * evaluates
     columns = dict.fromkeys(splits, ["prompt", "chosen", "rejected"])
     dataset, notes = read_dataset(settings.dataset, columns, MAKE_PAIRS)
     if "validation" in splits:
         held_out = dataset["validation"].shuffle(seed=settings.seed, keep_in_memory=True)
-        dataset["validation"] = held_out.select(range(min(settings.eval_comparisons, len(held_out))))
+        count, processes = (
+            min(settings.eval_comparisons, len(held_out)),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        # No comparison is repeated to give every process one.
+        dataset["validation"] = held_out.select(range(count - count % processes or count))
 
     name = settings.model_name_or_path
     config = load_policy_config(name, settings.model_revision)

@@ -32,6 +32,7 @@ from trl.data_utils import apply_chat_template
 
 from pargs.chat import ANSWER, chat_prompt
 from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.encoding import check_chat_ids
 from pargs.models import load_tokenizer
 from pargs.prefixes import SIDES
 from pargs.processes import hide_bars_in_logs
@@ -200,6 +201,7 @@ def choose_format(settings: Settings) -> Format:
     tokenizer = load_tokenizer(settings.chat_template_of, "name another with --chat_template_of")
     if not tokenizer.chat_template:
         fail(f"the tokenizer of {settings.chat_template_of!r} has no chat template; --template writes text")
+    check_chat_ids(settings.chat_template_of, tokenizer)
     return partial(format_as_chat, tokenizer=tokenizer)
 
 

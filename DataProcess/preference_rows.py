@@ -102,7 +102,8 @@ def split_texts(row: Mapping[str, Any], index: int, layout: Layout) -> Preferenc
             raise UnusableRow(f"row {index}: {column!r} holds no {layout.separator!r}, which ends the prompt")
         parts.append((prompt, answer))
     (prompt, chosen), (other_prompt, rejected) = parts
-    if prompt != other_prompt:
+    goes_on = layout.separator == DIALOGUE and any("\n\nHuman:" in answer for answer in (chosen, rejected))
+    if prompt != other_prompt or goes_on:
         return Preference(dropped="parts before the last turn")
     messages = read_dialogue(prompt) if layout.separator == DIALOGUE else [question(prompt)]
     return Preference(prompt + layout.separator, messages, chosen, rejected)

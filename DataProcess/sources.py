@@ -54,9 +54,10 @@ def read_rows(name: str, config: str | None, split: str, cache_dir: str) -> Data
             return read_json_lines(name)
         if kind == "csv":
             # As text: an answer may well read "NA" or "42".
-            return pd.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict(
-                "records"
-            )
+            table = pd.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            if not isinstance(table.index, pd.RangeIndex):
+                fail(f"cannot load {name!r}: its rows have more cells than its first line names")
+            return table.to_dict("records")
         if kind == "parquet":
             return Dataset.from_parquet(name, cache_dir=cache_dir)
     except (*SOURCE_ERRORS, EOFError, zlib.error) as error:  # the last two of a damaged .gz

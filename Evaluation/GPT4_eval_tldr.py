@@ -131,14 +131,19 @@ def read_summaries(path: Path) -> dict[str, str]:
 def match(file_a: Path, file_b: Path) -> list[Pair]:
     """Pair the summaries by prompt, in the order of A."""
     results_a, results_b = read_summaries(file_a), read_summaries(file_b)
-    only_a, only_b = results_a.keys() - results_b.keys(), results_b.keys() - results_a.keys()
-    if only_a or only_b:
+    pairs = [
+        (prompt, result, results_b[prompt]) for prompt, result in results_a.items() if prompt in results_b
+    ]
+    if not pairs:
         fail(
-            f"{file_a} and {file_b} are not about the same prompts: {len(only_a)} are only in the first, "
-            f"{len(only_b)} only in the second, e.g. {min(only_a | only_b)[:80]!r}; "
-            f"generate both with the same --prompt_seed and --num_prompts"
+            f"{file_a} and {file_b} have no prompt in common; "
+            "generate both with the same --dataset and --prompt_seed"
         )
-    return [(prompt, result, results_b[prompt]) for prompt, result in results_a.items()]
+    # A file keeps what was written for prompts that a later run did not ask for.
+    only_a, only_b = len(results_a) - len(pairs), len(results_b) - len(pairs)
+    if only_a or only_b:
+        print(f"left out: {only_a} prompts that are only in {file_a}, {only_b} only in {file_b}")
+    return pairs
 
 
 def draw(pairs: list[Pair], settings: Settings) -> list[Pair]:
@@ -312,8 +317,6 @@ def get_verdicts(
         stopped, unjudged = asyncio.run(judge_all(missing, total, log, key, criteria, settings))
     except OSError as error:
         fail(f"cannot write {log}: {error}")
-    except KeyboardInterrupt:
-        return "interrupted"
 
     if stopped or not unjudged:
         return stopped

@@ -18,7 +18,9 @@ def facts_of(run: Run, method: str) -> Facts:
     """All that a method's record says of how it decoded and was scored, but for the seed."""
     record = run.methods[method]
     named = record.method.model_dump(exclude={"policy", "guide", "chooser"})
-    named |= record.model_dump(include={"k", "candidate_gap", "max_new_tokens", "template", "dtype"})
+    named |= record.model_dump(
+        include={"k", "candidate_gap", "max_new_tokens", "template", "dtype", "fast_attention"}
+    )
     facts: Facts = {name: (value, str(value)) for name, value in named.items() if value is not None}
     own = record.method
     models = {"policy": own.policy, "guide": own.guide, "chooser": own.chooser, "evaluator": record.evaluator}
@@ -54,6 +56,11 @@ def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
                 said = ", ".join(f"{value} in {name}" for name, value in values.items())
                 reasons[f"{fact}: {said}"].append(method)
     described = [f"{reason} ({', '.join(methods)})" for reason, methods in reasons.items()]
+    for scorer in dict.fromkeys(scorer for run in runs.values() for scorer in run.scores):
+        asked = {name: run.scores[scorer] for name, run in runs.items() if scorer in run.scores}
+        if len({scores.identity or scores.reward_model for scores in asked.values()}) > 1:
+            said = ", ".join(f"{scores.reward_model} in {name}" for name, scores in asked.items())
+            described.append(f"the reward model of the scores {scorer!r}: {said}")
     first, *others = runs.values()
     prompts = set(first.rewards.index)
     for run in others:
@@ -77,7 +84,8 @@ def note_unknown(runs: dict[str, Run]) -> None:
 
 def seed_of(run: Run, method: str) -> int:
     """The sampling seed of a method; the references have that of any."""
-    records = [run.methods[method]] if method in run.methods else list(run.methods.values())
+    in_table = [run.methods[other] for other in map(str, run.rewards) if other in run.methods]
+    records = [run.methods[method]] if method in run.methods else in_table
     seeds = [record.seed for record in records if record.seed is not None]
     if not seeds or (method != REFERENCE and method not in run.methods):
         fail(f"{run.directory / METHODS_FILE} does not say with what {method} was decoded: a sweep needs it")
@@ -98,7 +106,7 @@ def label_sweep(runs: dict[str, Run]) -> tuple[dict[str, Run], pd.DataFrame]:
             own = [f"{fact} {values[name]}" for fact, values in varying[method].items() if name in values]
             label, seed = f"{method} ({', '.join(own)})" if own else method, seed_of(run, method)
             if seed in columns[label]:
-                repeated.append(label)
+                repeated += [label] * (method != REFERENCE)
                 continue
             columns[label][seed] = run.rewards[method]
             names[label] = method

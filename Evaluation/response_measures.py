@@ -115,8 +115,8 @@ def cost_of(run: Run, method: str) -> dict[str, float]:
         return {}
     cost, samples, tokens = record.cost, record.method.best_of, float(record.cost.tokens)
     if record.method.chooser:
-        if cost.responses < samples * len(run.rewards):
-            run.note(f"no cost of {method}: its last launch went on with an earlier one")
+        if cost.responses != samples * len(run.rewards):
+            run.note(f"no cost of {method}: its last launch wrote other responses than these")
             return {}
         # Of what is delivered: discarded samples are part of its price, as they are of the seconds.
         delivered = run.responses.get(method)

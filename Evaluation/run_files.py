@@ -119,7 +119,8 @@ def read_run(directory: Path) -> Run:
 
 
 def read_scores(path: Path) -> Scores:
-    return parse_json(Scores, read_bytes(path), str(path))
+    again = "delete it, then `python Evaluation/score_generations.py`"
+    return parse_json(Scores, read_bytes(path), str(path), again)
 
 
 def missing_rows(column: pd.Series, limit: int = 8) -> str:

@@ -28,7 +28,6 @@ def measure_likelihood(run: Run, dataset: str, policy: str | None, batch_size: i
     Why a method has none is noted in the run, and where its ids were not to be had.
     """
     policy = policy and locate_model(policy)
-    template = read_template(find_dataset(run, dataset) or dataset)
     responses = {method: rows.dropna(subset="result") for method, rows in run.responses.items()}
     encoded_again: defaultdict[str, dict[str, None]] = defaultdict(dict)  # methods by reason, in order
     reasons: defaultdict[str, list[str]] = defaultdict(list)
@@ -43,6 +42,9 @@ def measure_likelihood(run: Run, dataset: str, policy: str | None, batch_size: i
         limit = record.max_new_tokens if record else int(rows["num_tokens"].max())
         label = f"{method} under {Path(model).name}"
         gap = record.candidate_gap if record else None
+        template = record.template if record else None
+        if template is None:  # an older record does not say
+            template = read_template(find_dataset(run, dataset) or dataset)
         found, why = measure_log_probs(model, rows, template, writer, k, limit, batch_size, label, gap)
         if why:
             encoded_again[why][method] = None

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from policy_likelihood import is_here
-from pydantic import PositiveInt
 from run_files import Run, Score, Scores, find_dataset, read_references, read_run, read_scores
 from sampled_kl import locate_model
 
@@ -37,7 +36,6 @@ class Settings:
     reward_model: str = setting("partial_reward_modeling_tldr", "The reward model to ask.")
     name: str | None = setting(None, "Of the column; if not given, the last part of the model's name.")
     dataset: str = setting("summarize_from_feedback", "Dataset with the reference summaries.")
-    token_budget: PositiveInt = setting(4096, "Tokens read at once; more fill a GPU, fewer take less memory.")
 
 
 def parse_command_line() -> tuple[Settings, list[str]]:
@@ -92,8 +90,9 @@ def score_run(
     run: Run, reward_model: RewardModel, known: dict[tuple[str, str, str], float], settings: Settings
 ) -> list[Score]:
     """The reward of every answer of a run; of those that are not known every process scores its share."""
-    limits = [record.max_new_tokens for record in run.methods.values()]
-    templates = [record.template for record in run.methods.values() if record.template is not None]
+    records = [run.methods[method] for method in map(str, run.rewards) if method in run.methods]
+    limits = [record.max_new_tokens for record in records]
+    templates = [record.template for record in records if record.template is not None]
     template = (
         templates[0] if templates else read_template(find_dataset(run, settings.dataset) or settings.dataset)
     )
@@ -129,12 +128,15 @@ def main() -> None:
         check_writable(run.directory)
 
     device, hint = join_processes().device, "name another with --reward_model"
-    model, budget = settings.reward_model, settings.token_budget
-    reward_model = load_reward_model(model, torch.float32, device, budget, hint)
+    model = settings.reward_model
+    # Responses are read one at a time, whatever the budget.
+    reward_model = load_reward_model(model, torch.float32, device, token_budget=1, hint=hint)
     identity = identify(model, reward_model.model.config)
     for run in runs:
         path = run.directory / f"scores_{name}.json"
         earlier = read_scores(path) if path.exists() else None
+        if earlier and earlier.reward_model != model:
+            fail(f"{path} holds the scores of {earlier.reward_model!r}; name another column with --name")
         known = earlier.rewards() if earlier and earlier.identity == identity else {}
         scores = score_run(run, reward_model, known, settings)
         if not is_main():

@@ -174,7 +174,8 @@ def main() -> None:
 
     runs = read_runs(directories)
     if settings.sweep:
-        check_alike(runs, sweep=True)
+        if not settings.pool_anyway:
+            check_alike(runs, sweep=True)
         runs, rewards = label_sweep(runs)
     else:
         if len(runs) > 1:

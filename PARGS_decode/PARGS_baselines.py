@@ -16,6 +16,7 @@ settings, what they change is decoded anew, and nothing else: one method, prompt
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -51,11 +52,12 @@ from run_state import (
     known_methods,
     save_method,
     save_references,
+    save_rewards,
 )
 from transformers import Cache, DynamicCache
 
 from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
-from pargs.files import check_writable, write_text
+from pargs.files import check_writable
 from pargs.models import Policy, load_policy, load_tokenizer, warn_of_unused_separator
 from pargs.origin import Origin
 from pargs.processes import count_processes, describe_device, gather, join_processes, progress_bar, split
@@ -380,6 +382,11 @@ def check_settings(settings: Settings) -> None:
     check_writable(Path(settings.output_dir))
 
 
+def dtype_name(settings: Settings) -> str:
+    """The precision that policies and guides decode in on this device."""
+    return str(choose_dtype(settings.dtype, join_processes().device)).removeprefix("torch.")
+
+
 def describe_methods(
     methods: dict[str, Method], models: dict[str, str | None], template: str, settings: Settings
 ) -> dict[str, MethodRecord]:
@@ -395,7 +402,7 @@ def describe_methods(
             evaluator=evaluator,
             cost=Cost(responses=0, seconds=0, tokens=0, reward_calls=0, reward_tokens=0),
             seed=settings.seed,
-            dtype=settings.dtype,
+            dtype=dtype_name(settings),
             fast_attention=settings.fast_attention,
             template=template,
             models={model: models[model] for model in (*method.models, evaluator)},
@@ -410,9 +417,8 @@ def finish_method(
 ) -> None:
     """Decode and score what is left of a method, and write the whole of it."""
     directory, template = Path(settings.output_dir), str(record.template)
-    dtype = str(choose_dtype(settings.dtype, join_processes().device))
     scoring = [record.evaluator, record.models[str(record.evaluator)], settings.fast_attention]
-    progress = Progress(name, [record.recipe, dtype, traced], scoring, directory)
+    progress = Progress(name, [record.recipe, traced], scoring, directory)
 
     kept, steps = work.kept, work.steps
     if kept and not work.scored:
@@ -432,8 +438,8 @@ def finish_method(
             theirs = known_methods(directory)[name]
             record = record.model_copy(update={"cost": theirs.cost, "origin": theirs.origin})
         by_prompt = {row.prompt: row for row in kept}
-        others = [row for row in kept if row.prompt not in set(prompts)]
-        rows = [by_prompt[prompt] for prompt in prompts] + others
+        asked = set(prompts)
+        rows = [by_prompt[prompt] for prompt in prompts] + [row for row in kept if row.prompt not in asked]
         save_method(name, rows, steps, record, list(METHODS), directory)
     progress.drop()
 
@@ -477,11 +483,12 @@ def main() -> None:
     if is_main():
         update_records(records, directory)
         save_references(prompts, references, rewards, directory)
-        alike = ("k", "candidate_gap", "max_new_tokens", "seed", "dtype")
-        shared = {key: getattr(settings, key) for key in alike}
-        shared |= {"template": template, "evaluator": evaluator_of(settings), "models": models}
+        alike = ("k", "candidate_gap", "max_new_tokens", "seed")
+        shared = {key: getattr(settings, key) for key in alike} | {"dtype": dtype_name(settings)}
+        shared |= {"template": template, "evaluator": evaluator_of(settings)}
+        shared |= {"reference_policy": settings.policy, "models": models}
         table, left_out = collect_rewards(list(METHODS), prompts, rewards, shared, directory)
-        write_text(directory / REWARDS, table.to_csv(index=False))
+        save_rewards(table.to_csv(index=False), directory)
         report(table, left, left_out, directory)
 
 
@@ -493,7 +500,8 @@ def report(table: pd.DataFrame, written: list[str], left_out: dict[str, str], di
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
     if left_out:
-        flags = [flag for flag in sys.argv[1:] if flag != "--overwrite"]
+        given = shlex.join(sys.argv[1:])
+        flags = shlex.split(re.sub(r"--overwrite(=\S+|\s+(?i:true|false)\b)?", "", given))
         command = shlex.join(["python", os.path.relpath(sys.argv[0]), *flags, "--methods", *left_out])
         print(f"to decode them so: {command}")
     next_step("Evaluation/show_result.py", *([] if directory == Path() else [str(directory)]))

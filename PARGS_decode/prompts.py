@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pargs.chat import chat_prompt, with_turns
 from pargs.cli import fail
+from pargs.encoding import check_chat_ids
 from pargs.files import MAKE_PAIRS, read_dataset, read_template
 from pargs.models import load_tokenizer
 
@@ -19,6 +20,11 @@ class OwnMessage(BaseModel, strict=True):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+    @field_validator("content")
+    @classmethod
+    def strip(cls, content: str) -> str:
+        return content.strip()  # as in stage 1
 
 
 class OwnPrompt(BaseModel):
@@ -88,6 +94,7 @@ def ask(messages: list[OwnMessage], path: str, policy: str) -> str:
     tokenizer = load_tokenizer(policy)
     if not tokenizer.chat_template:
         fail(f"{path} holds conversations, and {policy!r} has no chat template: write prompts as text")
+    check_chat_ids(policy, tokenizer)
     try:
         prompt = chat_prompt(tokenizer, [message.model_dump() for message in messages])
     except TemplateError as error:

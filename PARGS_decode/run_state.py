@@ -125,6 +125,8 @@ def find_own_work(
     """Responses are kept that the same recipe wrote; a method of which nothing is known is not here."""
     rows = read_if_whole(list[Generation], generation_path(name, directory))
     if known is None or rows is None:
+        if rows is not None:
+            print(f"{name}: decoded anew: {METHODS_FILE} does not know it")
         return Work(prompts)
     if changes := describe_changes(known.recipe, record.recipe):
         reason = ", ".join(changes) if known.origin else f"{METHODS_FILE} does not say how it was decoded"
@@ -132,6 +134,9 @@ def find_own_work(
         return Work(prompts)
 
     steps = read_steps(name, directory)
+    # A text and a conversation that reads like it have other ids.
+    turns = {prompt: getattr(prompt, "turns", None) for prompt in prompts}
+    rows = [row for row in rows if row.turns == turns.get(row.prompt, row.turns)]
     here = {row.prompt for row in rows}
     if is_traced and (untraced := here.intersection(prompts) - steps.keys()):
         print(f"{name}: --trace decodes {len(untraced)} prompts anew: their candidates were not kept")
@@ -215,6 +220,8 @@ def save_method(
         traces = {row.prompt: row for row in generations if row.prompt in steps}
         lines = [json.dumps({"prompt": p, "steps": steps[p]}, ensure_ascii=False) + "\n" for p in traces]
         write_text(trace_path(method, directory), "".join(lines))
+    else:
+        trace_path(method, directory).unlink(missing_ok=True)
 
     def write_record(record: MethodRecord) -> None:
         named = records | {method: record}
@@ -256,6 +263,14 @@ def collect_rewards(
             table[method] = [rewards[prompt] for prompt in prompts]
     table[REFERENCE] = references
     return table, left_out
+
+
+def save_rewards(table: str, directory: Path) -> None:
+    """Write the table; reports of another one go."""
+    path = directory / REWARDS
+    if path.exists() and path.read_text(encoding="utf-8") != table:
+        drop_reports(directory)
+    write_text(path, table)
 
 
 def disagreements(record: MethodRecord, shared: dict[str, Any]) -> list[str]:

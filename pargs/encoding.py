@@ -11,7 +11,8 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
-from pargs.chat import ChatPrompt, chat_pieces
+from pargs.chat import ChatPrompt, chat_pieces, chat_prompt
+from pargs.cli import fail
 
 TEMPLATE_FIELDS = ("subreddit", "title", "post")
 
@@ -73,6 +74,22 @@ def encode_prompts(
         doubled = bool(start) and prompt_ids[: len(start)] == start
         encoded.append(prompt_ids[len(start) :] if doubled else prompt_ids)
     return encoded
+
+
+def check_chat_ids(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Exit where a chat prompt, encoded between its special tokens, has other ids than as a whole.
+
+    Some tokenizers of SentencePiece's kind write a space before every piece that is encoded alone.
+    """
+    prompt = chat_prompt(tokenizer, [{"role": "user", "content": "a b"}])
+    if prompt is None:
+        return
+    (own,), whole = encode_prompts(tokenizer, [prompt], ""), tokenizer(prompt, add_special_tokens=False)
+    if whole["input_ids"] not in (own, start_ids(tokenizer) + own):
+        fail(
+            f"the tokenizer of {name!r} writes the words between the special tokens of its chat template "
+            "in a way that is not known here; write prompts as text"
+        )
 
 
 def live_pieces(

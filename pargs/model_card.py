@@ -67,7 +67,7 @@ class Training:
 
 def write_card(trainer: Trainer, training: Training) -> str:
     """The text of the card."""
-    output_dir, base = Path(str(trainer.args.output_dir)), training.settings["model_name_or_path"]
+    output_dir, base = Path(str(trainer.args.output_dir)).absolute(), training.settings["model_name_or_path"]
     commit = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
     seconds = next(
         (log["train_runtime"] for log in trainer.state.log_history[::-1] if "train_runtime" in log), 0
@@ -82,7 +82,7 @@ def write_card(trainer: Trainer, training: Training) -> str:
     }
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=base if is_hub_name(base) else None,
+            base_model=base if is_hub_name(base) and not Path(base).is_dir() else None,
             library_name=training.library,
             model_name=output_dir.name,
             tags=["pargs", "trl", "reward-guided-decoding"],

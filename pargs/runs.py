@@ -214,14 +214,14 @@ def trace_path(method: str, directory: Path = Path()) -> Path:
     return directory / f"trace_{file_stem(method)}.jsonl"
 
 
-def parse_json(kind: type[T], content: bytes, where: str) -> T:
-    """JSON as `kind`, or exit with one line that says `where` it is not."""
+def parse_json(kind: type[T], content: bytes, where: str, again: str = f"make it again with `{DECODE}`") -> T:
+    """JSON as `kind`, or exit with one line that says `where` it is not, and how to have it `again`."""
     try:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
-        fail(f"{where} is not what decoding writes ({at}: {first['msg']}); make it again with `{DECODE}`")
+        fail(f"{where} is not what was written there ({at}: {first['msg']}); {again}")
 
 
 def read_if_whole(kind: type[T], path: Path) -> T | None:

@@ -36,7 +36,7 @@ OLD_FLAGS = {
     "--no_remove_unused_columns": "--remove_unused_columns=False",
     "--torch_dtype": "--dtype",
 }
-SECRET = ("hub_token",)  # settings that stand in no card
+SECRET = ("hub_token", "model_init_kwargs")  # may hold a token: they stand in no card
 FILE_LIST = "whole.json"
 ACCURACIES = ("accuracy", "rewards/accuracies")  # of the reward trainer, of the DPO trainer
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk, in three libraries

@@ -352,7 +352,7 @@ def test_runs_are_compared_with_those_of_the_same_prompts(world: Path, made: Pat
         (overwrite("demo_facts.json", "{}"), "prompt 0 of the rewards is no post"),
         (lambda run: (run / "generation_args.json").unlink(), "generation_args.json is missing"),
         (overwrite("generation_args.json", "[]"), "generation_args.json is of other prompts"),
-        (overwrite("methods.json", half), "methods.json is not what decoding writes"),
+        (overwrite("methods.json", half), "methods.json is not what was written there"),
     ],
 )
 def test_the_report_fails_clearly(world: Path, capsys, spoil, said: str) -> None:

@@ -485,11 +485,11 @@ def write_foreign_line() -> None:
     ("spoil", "said"),
     [
         (lambda: Path(B).unlink(), f"{B} is missing"),
-        (lambda: Path(B).write_text('[{"prompt": "p", "result": '), f"{B} is not what decoding writes"),
+        (lambda: Path(B).write_text('[{"prompt": "p", "result": '), f"{B} is not what was written there"),
         (lambda: Path(B).write_text("[]"), f"{B} holds no responses"),
         (
             lambda: write_summaries("b", [" r"], prompts=["another"]),
-            "not about the same prompts: 2 are only in the first, 1 only in the second",
+            "have no prompt in common",
         ),
         (write_foreign_line, f"{LOG}, line 1 is no verdict"),
     ],

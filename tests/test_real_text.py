@@ -157,7 +157,7 @@ def test_a_row_of_the_table_is_of_prompts(tmp_path: Path) -> None:
         (folder / f"relevance-{kind}-s1.json").write_text(json.dumps(found))
     accuracy, paired = real_figures.rank_tables(tmp_path)
     of = accuracy.set_index("label")
-    assert of.loc["partial", "right"] == pytest.approx(2 / 3) and of.loc["partial", "prompts"] == 2
-    assert of.loc["full open", "right"] == 0.5 and of.loc["full open", "pairs"] == 4
+    assert of.loc["partial", "right"] == pytest.approx(0.75) and of.loc["partial", "prompts"] == 2
+    assert of.loc["full open", "right"] == pytest.approx(2 / 3) and of.loc["full open", "pairs"] == 4
     gain = paired.set_index("second").loc["full open"]
     assert gain["difference"] == pytest.approx(0.25) and gain["p_seed_1"] == 1.0

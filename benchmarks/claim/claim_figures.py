@@ -116,8 +116,9 @@ def by_prompt(rows: pd.DataFrame, value: str) -> pd.Series:
 
 def describe(rows: pd.DataFrame, value: str) -> dict[str, float]:
     """Mean, interval over prompts, and the means of the training seeds that lie furthest apart."""
-    low, high = bootstrap_interval(by_prompt(rows, value).to_numpy(), RESAMPLES, 0)
-    described = {value: rows[value].mean(), f"{value}_low": low, f"{value}_high": high}
+    of_prompts = by_prompt(rows, value)
+    low, high = bootstrap_interval(of_prompts.to_numpy(), RESAMPLES, 0)
+    described = {value: of_prompts.mean(), f"{value}_low": low, f"{value}_high": high}
     if "training_seed" in rows:
         of_seeds = rows.groupby("training_seed")[value].mean()
         described |= {f"{value}_seed_min": of_seeds.min(), f"{value}_seed_max": of_seeds.max()}

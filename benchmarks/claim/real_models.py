@@ -175,7 +175,7 @@ def train_top(
             work,
             num_train_epochs=epochs,
             learning_rate=rate,
-            per_device_train_batch_size=round(PAIRS_PER_UPDATE / most),
+            per_device_train_batch_size=max(1, round(PAIRS_PER_UPDATE / most)),
             warmup_steps=10,
             lr_scheduler_type="cosine",
             logging_steps=10,
@@ -267,6 +267,7 @@ def tune_policy(dataset: Path, start: Path, output: Path, epochs: int, rate: flo
             lr_scheduler_type="cosine",
             logging_steps=10,
             max_length=None,
+            completion_only_loss=True,
             **ON_CPU,
         )
         top = list(range(NUM_FROZEN, policy.config.num_hidden_layers))

@@ -53,6 +53,7 @@ EPOCHS = {"relevance": 1, "judged": 2, "hh": 2}
 LONGEST = {"hh": 256}  # tokens of a prompt and a response, else 512
 NUM_POSTS = {"test": 50, "validation": 100, "train": 400, "evaluator": 240}
 OTHERS = {"train": 3, "validation": 4, "evaluator": 5}  # other posts' summaries for each post
+MOST_PAIRS = 4000  # to train on: the frozen outputs of all of a hub's dataset fit nowhere
 NEW_TOKENS = 48
 GAPS: tuple[float | None, ...] = (None, 3.0, 2.0)
 NUM_OTHER_POSTS = 9  # that a response is held against
@@ -91,8 +92,10 @@ def make_relevance(comparisons: str, judged: Path, output: Path) -> None:
     test = Dataset.from_dict({"prompt": prompts, "reference": references})
     pairs = {name: pair_posts(group, OTHERS[name]) for name, group in groups.items()}
     for folder, train in ((output.with_name("evaluator"), "evaluator"), (output, "train")):
-        DatasetDict(train=pairs[train], validation=pairs["validation"], test=test).save_to_disk(str(folder))
-        shutil.copy(judged / NOTES, folder)
+        work = folder.with_suffix(".tmp")
+        DatasetDict(train=pairs[train], validation=pairs["validation"], test=test).save_to_disk(str(work))
+        shutil.copy(judged / NOTES, work)
+        os.rename(work, folder)
 
 
 def human_summaries(comparisons: str, judged: Path) -> list[tuple[str, str]]:
@@ -132,7 +135,7 @@ def make_dialogues(dialogues: str, output: Path) -> None:
 def encode(dataset: Path, start: str, output: Path) -> None:
     """Stage 1's second script, with every pair that is short enough."""
     longest = LONGEST.get(dataset.name, 512)
-    counts = ("--num_comparisons", 0, "--num_validation_comparisons", 0, "--max_length", longest)
+    counts = ("--num_comparisons", MOST_PAIRS, "--num_validation_comparisons", 400, "--max_length", longest)
     script = "DataProcess/tldr_data_process_partial.py"
     run_stage(
         script, output.parent, "--dataset", dataset, "--reward_model", start, *counts, "--output", output
@@ -149,8 +152,9 @@ def rank(reward_model: Path, dataset: Path, output: Path) -> None:
     """
     model = load_reward_model(str(reward_model), torch.bfloat16, "cpu", token_budget=4096)
     right: dict[str, list] = {"finished": [], "always": []}
-    prompts = []
-    for number, question in enumerate(read_questions(dataset, "validation")):
+    prompts, numbers = [], {}
+    for question in read_questions(dataset, "validation"):
+        number = numbers.setdefault(tuple(question.prompt_ids), len(numbers))
         chosen, *others = question.responses
         of_pairs = [prefix_lengths(max(len(chosen), len(other))) for other in others]
         lengths = [sum(of_pairs, []), *of_pairs]
