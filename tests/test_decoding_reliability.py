@@ -210,6 +210,10 @@ def test_scores_of_generations_are_those_of_the_table(
     changed = int(output.partition(" rewards, ")[2].partition(" of them known")[0])
     assert 48 <= changed < 60
 
+    elsewhere = shutil.copytree(model, copied / "elsewhere" / Path(model).name)
+    status, output = call_main(score_generations, "--reward_model", elsewhere)
+    assert_one_error(status, output, "name another column with --name")
+
 
 @pytest.mark.slow
 def test_what_is_finished_is_not_decoded_again(flags, whole, here):

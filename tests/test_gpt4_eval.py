@@ -139,6 +139,12 @@ def test_summaries_are_matched_by_prompt_and_a_prompt_counts_once(judge):
     assert outcomes() == [("p", "win"), ("q", "loss")]
     assert f"{A}: 1 further summaries of a prompt are left out" in output
 
+    write_summaries("b", [" z quality 5", " quality 10"], prompts=["p", "of another run"])
+    with JudgeServer() as server:
+        _, output = judge("--base_url", server.url)
+    assert outcomes() == [("p", "win")]
+    assert f"left out: 1 prompts that are only in {A}, 1 only in {B}" in output
+
 
 # --- replies ---
 

@@ -10,6 +10,7 @@ import preference_data_process
 import pytest
 from conftest import assert_one_error
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, pre_tokenizers
 
 TRIPLES = [(f"Why, {name}?", f"because {name} likes it", f"go away {name}") for name in "abcdefghij"]
 
@@ -176,9 +177,10 @@ def test_rows_of_no_use_are_counted_by_reason(process):
 
     rows = [dialogue(*triple) for triple in TRIPLES]
     rows += [{"chosen": rows[0]["chosen"], "rejected": rows[1]["rejected"]}, dialogue("x", "", "b")]
+    rows += [dialogue("x", "a\n\nHuman: thanks", "b")]
     write_lines(Path("own.jsonl"), rows)
     assert len(all_pairs(process("own.jsonl"))) == len(TRIPLES)
-    assert notes()["dropped"] == {"parts before the last turn": 1, "empty answer": 1}
+    assert notes()["dropped"] == {"parts before the last turn": 2, "empty answer": 1}
 
 
 GOOD = [standard(*triple) for triple in TRIPLES[:3]]
@@ -215,6 +217,8 @@ TURNS = [conversational(*triple) for triple in TRIPLES[:3]]
         (GOOD, ["--source", "text.txt"], "a file ends in .jsonl, .json, .csv or .parquet"),
         (GOOD, ["--source", "cut.jsonl.gz"], "cannot load 'cut.jsonl.gz'"),
         (GOOD, ["--source", "ragged.csv"], "cannot load 'ragged.csv'"),
+        (GOOD, ["--source", "wide.csv"], "its rows have more cells than its first line names"),
+        (GOOD, ["--chat_template_of", "SPACED"], "in a way that is not known here; write prompts as text"),
         (GOOD, ["--source", "broken.jsonl"], "broken.jsonl, line 2 is not JSON"),
     ],
 )  # fmt: skip
@@ -224,9 +228,15 @@ def test_what_is_no_preference_is_named(here, call_main, tokenizers, rows, flags
     Path("text.txt").write_text("prompt,chosen,rejected\n")
     Path("cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD[0]).encode())[:-9])
     Path("ragged.csv").write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
+    Path("wide.csv").write_text("prompt,chosen,rejected\na,b,c,d\na,b,c,d\n")
     Path("broken.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n')
-    for name, folder in (("bpe", "BPE"), ("chat", "CHAT")):
+    for name, folder in (("bpe", "BPE"), ("chat", "CHAT"), ("unigram", "SPACED")):
         tokenizers[name].save_pretrained(folder)
+    # SentencePiece's: of a text, and not of what stands behind a special token, the first word has a space.
+    spaced = Tokenizer.from_file("SPACED/tokenizer.json")
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    spaced.save("SPACED/tokenizer.json")
+    Path("SPACED/chat_template.jinja").write_text("{{ '[CLS]' + messages[0].content + '[SEP]a' }}")
     before = sorted(here.rglob("*"))
     status, output = call_main(preference_data_process, "--source", "own.jsonl", *flags)
     assert_one_error(status, output, said)
