@@ -82,6 +82,9 @@ def rank_tables(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         rows = {label: read_ranking(out, task, label) for label in READINGS}
         if any(table.empty for table in rows.values()):
             continue
+        # Of a study that is not finished: the seeds that all have.
+        seeds = set.intersection(*(set(table["training_seed"]) for table in rows.values()))
+        rows = {label: table[table["training_seed"].isin(seeds)] for label, table in rows.items()}
         for label, table in rows.items():
             for percent, own in table.groupby("percent"):
                 row = {"task": task, "label": label, "percent": percent, "pairs": own["pair"].nunique()}
@@ -111,7 +114,7 @@ def draw_ranking(accuracy: pd.DataFrame) -> Figure:
         "partial": "partial",
     }
     tasks = [task for task in TASKS if task in set(accuracy["task"])]
-    figure = Figure(figsize=(4.2 * len(tasks), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 4.2 * len(tasks)), 4.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for at, (label, name) in enumerate(names.items()):
@@ -126,7 +129,7 @@ def draw_ranking(accuracy: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("chosen prefix scores above the rejected one")
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(tasks))
     return figure
 
 
