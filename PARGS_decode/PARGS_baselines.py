@@ -173,7 +173,7 @@ def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
         return scores.argmax(-1)
     cdf = scores.softmax(-1).cumsum(-1)
     # The last candidate that can be chosen has the rest.
-    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1).minimum((scores > -torch.inf).sum(-1) - 1)
+    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1).minimum((scores > -torch.inf).sum(-1).clamp(min=1) - 1)
 
 
 def uniform(seed: int, method: str, prompt: str, sample: int, step: int) -> float:

@@ -364,7 +364,7 @@ def test_a_sweep_is_one_table(tmp_path, report, capsys):
     assert list(table["runs"]) == [2, 2, 2, 2] and list(table["mean"]) == [2.5, 4.5, 1.5, 9]
     assert table.loc["ARGS (weight 3.0)", "difference"] == 2
     assert table.loc["PARGS", "run_std"] == pytest.approx(sqrt(0.5))
-    assert "w3-s2: PARGS, reference: in another run with the same seed, too; counted once" in printed
+    assert "w3-s2: PARGS: in another run with the same seed, too; counted once" in printed
 
     write_sweep(tmp_path, drawn=(3.0,), evaluator="other judge")
     assert "evaluator: judge in w1-s1" in refuse(show_result, tmp_path, capsys, *names, "--sweep")

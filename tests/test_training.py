@@ -58,7 +58,7 @@ def read_card(folder: Path, base: str) -> ModelCard:
     assert card.data.model_name == folder.name and card.data.base_model is None  # no name of the hub
     assert "None" not in card.text.split("## Settings")[0] and f"**Base model:** `{base}`" in card.text
     seconds = next(log["train_runtime"] for log in read_log(folder) if "train_runtime" in log)
-    assert f"**Seconds of training:** {seconds:.0f} " in card.text and "**Device:** cpu (" in card.text
+    assert f"**Seconds of training:** {seconds:.0f} " in card.text and "**Device:** 1 process, " in card.text
     assert f"torch {torch.__version__}" in card.text and "trl " in card.text
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert f"pargs, commit {head.stdout.strip() or 'unknown'}" in card.text
