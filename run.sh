@@ -5,24 +5,56 @@
 #                                    same stages with causal reward models in runs/demo/causal*/
 #   bash run.sh paper                the paper's models and data; in runs/paper/
 #   bash run.sh demo decode report   only these steps, of: data reward dpo decode report; decoding goes on
-#                                    where it was stopped
+#                                    where it was stopped, and decodes anew what other models or settings change
+#   bash run.sh demo decode -- --seed 3 --overwrite
+#                                    flags for the script of one step, of: reward dpo decode; where the demo
+#                                    starts it in several directories, every start gets them
+#   bash run.sh --help               this
 set -euo pipefail
 cd "$(dirname "$0")"
-
-mode=${1:-demo}
-[ $# -gt 0 ] && shift
-steps=${*:-data reward dpo decode report}
 root=$PWD
 
-for step in $steps; do
+usage() { sed -n '/^#   bash/,/^set/s/^#   \{0,1\}//p' run.sh; }
+refuse() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+mode=demo steps=() flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help)
+        usage
+        exit
+        ;;
+    --)
+        shift
+        flags=("$@")
+        break
+        ;;
+    -*) refuse "flags of a step stand behind --: bash run.sh demo decode -- $*" ;;
+    *) steps+=("$1") ;;
+    esac
+    shift
+done
+if [ ${#steps[@]} -gt 0 ]; then
+    mode=${steps[0]}
+    steps=("${steps[@]:1}")
+fi
+[ ${#steps[@]} -gt 0 ] || steps=(data reward dpo decode report)
+
+for step in "${steps[@]}"; do
     case $step in
     data | reward | dpo | decode | report) ;;
-    *)
-        echo "error: run.sh has no step '$step'; it has data reward dpo decode report" >&2
-        exit 2
-        ;;
+    *) refuse "run.sh has no step '$step'; it has data reward dpo decode report: bash run.sh $mode decode report" ;;
     esac
 done
+if [ ${#flags[@]} -gt 0 ]; then
+    case ${steps[*]} in
+    reward | dpo | decode) ;;
+    *) refuse "flags go to one step that is one script (reward, dpo or decode), not to '${steps[*]}': bash run.sh $mode decode -- ${flags[*]}" ;;
+    esac
+fi
 
 case $mode in
 demo)
@@ -52,10 +84,7 @@ paper)
     ppo_policy=vistagi/gpt2-large-tldr-sum-rlhf
     prefix_data=() reward=() dpo=() decode=()
     ;;
-*)
-    echo "error: run.sh knows demo and paper, not '$mode'" >&2
-    exit 2
-    ;;
+*) refuse "run.sh knows demo and paper, not '$mode': bash run.sh demo ${steps[*]}" ;;
 esac
 
 . ./environment.sh
@@ -63,8 +92,11 @@ prepare_environment requirements.txt
 mkdir -p "runs/$mode"
 cd "runs/$mode"
 
+# The command as it can be pasted: with its directory, and quoted.
 stage() {
-    printf '\n\033[1m%s + %s\033[0m\n' "${PWD#"$root"/}" "$*"
+    printf '\n\033[1m(cd %q &&' "$PWD"
+    printf ' %q' "$(command -v "$1")" "${@:2}"
+    printf ')\033[0m\n'
     "$@"
 }
 
@@ -89,13 +121,13 @@ causal() {
         ;;
     reward)
         stage_in causal python "$root/partial_reward_training/tldr_partial_reward_model.py" \
-            --model_name_or_path "$causal_reward_model" "${causal_reward[@]}"
+            --model_name_or_path "$causal_reward_model" "${causal_reward[@]}" "${flags[@]}"
         ;;
     decode)
-        stage_in causal "${decode_in[@]}" --methods ARGS PARGS-G PARGS BESTN TOP-K GREEDY
+        stage_in causal "${decode_in[@]}" --methods ARGS PARGS-G PARGS BESTN TOP-K GREEDY "${flags[@]}"
         stage_in causal-w3 "${decode_in[@]}" --methods ARGS PARGS-G --args_weight 3 --pargs_g_weight 3 \
-            --partial_reward_model ../causal/partial_reward_modeling_tldr
-        stage_in causal-closed "${decode_in[@]}" --methods ARGS --args_eos always
+            --partial_reward_model ../causal/partial_reward_modeling_tldr "${flags[@]}"
+        stage_in causal-closed "${decode_in[@]}" --methods ARGS --args_eos always "${flags[@]}"
         ;;
     report)
         stage_in causal python "$root/Evaluation/show_result.py" "${data[@]}" --policy "$policy"
@@ -108,7 +140,7 @@ causal() {
 
 # Results of models that are trained anew here are old ones; `decode` alone goes on where it was stopped.
 overwrite=()
-for step in $steps; do
+for step in "${steps[@]}"; do
     case $step in
     data | reward | dpo) overwrite=(--overwrite) ;;
     esac
@@ -121,14 +153,16 @@ for step in $steps; do
         ;;
     reward)
         stage python "$root/partial_reward_training/tldr_partial_reward_model.py" \
-            --model_name_or_path "$full_reward_model" "${reward[@]}"
+            --model_name_or_path "$full_reward_model" "${reward[@]}" "${flags[@]}"
         ;;
     dpo)
-        stage python "$root/DPO_training/GPT2_large_DPO_tldr.py" --model_name_or_path "$policy" "${dpo[@]}"
+        stage python "$root/DPO_training/GPT2_large_DPO_tldr.py" --model_name_or_path "$policy" "${dpo[@]}" \
+            "${flags[@]}"
         ;;
     decode)
         stage python "$root/PARGS_decode/PARGS_baselines.py" --policy "$policy" \
-            --full_reward_model "$full_reward_model" --ppo_policy "$ppo_policy" "${decode[@]}" "${overwrite[@]}"
+            --full_reward_model "$full_reward_model" --ppo_policy "$ppo_policy" "${decode[@]}" \
+            "${overwrite[@]}" "${flags[@]}"
         ;;
     report)
         stage python "$root/Evaluation/show_result.py" --policy "$policy"
@@ -144,9 +178,13 @@ for step in $steps; do
     [ "$mode" != demo ] || causal "$step"
 done
 
-if [ "$mode" = demo ]; then
-    [ ! -e true_quality.png ] || printf '\npicture  %s\n' "$PWD/true_quality.png"
-elif [ -e average_reward.png ]; then
-    printf '\ntable   %s\nfigure  %s\npage    %s\n' "$PWD/average_reward.md" "$PWD/average_reward.png" \
-        "$PWD/generations.html"
+# What came out, in words (of the demo, true_quality.py has just said it), and where.
+if [ "$mode" = paper ] && [ -e results.json ]; then
+    printf '\n'
+    python -c 'import json; print(*json.load(open("results.json"))["in_words"], sep="\n")'
 fi
+printf '\n'
+for file in true_quality.png {,causal/}average_reward.{md,png} {,causal/}results.json {,causal/}prefix_accuracy.png \
+    generations.html; do
+    [ ! -e "$file" ] || printf '%s\n' "$PWD/$file"
+done

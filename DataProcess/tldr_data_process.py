@@ -16,21 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 from dataset_files import save_dataset, workspace
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
-from httpx import HTTPError
-from yaml import YAMLError
+from datasets import Dataset, DatasetDict
+from sources import UnusableRow, is_text_or_none, load_source
 
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import TEMPLATE_FIELDS, read_fields, template_words
-from pargs.files import DATASET_ERRORS
 from pargs.processes import hide_bars_in_logs
-
-# What `load_dataset` raises: its own, the hub client's, and those of the files and the card that it reads.
-SOURCE_ERRORS = (*DATASET_ERRORS, DatasetsError, HTTPError, YAMLError, RuntimeError, ImportError)
 
 
 @dataclass
@@ -45,41 +38,6 @@ class Settings:
         "The prompt: {post}, and {subreddit} and {title} if wanted; \\n is a line break.",
     )
     output: str = setting("summarize_from_feedback", "Folder to write.")
-
-
-class UnusableRow(ValueError):
-    """A row that has not the fields it should have; the message names it."""
-
-
-def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
-    """Load a dataset, or the parquet copy that the hub keeps of one that only has a loading script.
-
-    A folder is read into `cache_dir`: the user's cache tells folders apart by their names alone, and would
-    give one run's rows to another, or the rows as they were before the files changed.
-    """
-    where = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
-    try:
-        return load_dataset(name, config, **where)
-    except SOURCE_ERRORS as error:
-        # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.
-        if config is None or not isinstance(error, RuntimeError | ValueError):
-            fail_to_load(name, error)
-        first_error = error
-
-    try:
-        return load_dataset(name, data_dir=config, revision="refs/convert/parquet", **where)
-    except SOURCE_ERRORS as error:
-        fail_to_load(name, first_error, f"; and no parquet copy of configuration {config!r}: {reason(error)}")
-
-
-def fail_to_load(name: str, error: Exception, also: str = "") -> NoReturn:
-    hint = "" if Path(name).is_dir() else "; a folder of a dataset's name here is read in place of the hub's"
-    fail(f"cannot load {name!r}: {reason(error)}{also}{hint}")
-
-
-def reason(error: Exception) -> str:
-    """What `datasets` wraps in a general message, without the schemas it may print."""
-    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def preference_from_comparison(row: dict, index: int, split: str, template: str) -> dict[str, str]:
@@ -149,16 +107,9 @@ def prompt_from_test_post(row: dict, index: int, template: str) -> dict[str, str
     return {"prompt": formatted, "reference": format_response(reference, template), "dropped": ""}
 
 
-def is_text_or_none(value: object) -> bool:
-    """Text that can be written as UTF-8: half a surrogate pair cannot."""
-    if isinstance(value, str):
-        return value.isascii() or value.encode(errors="replace").decode() == value
-    return value is None
-
-
 def fields_of(template: str) -> list[str]:
     """The names of a template's fields, in its order."""
-    return re.findall(r"\{(\w+)\}", template)
+    return re.findall(r"\{([\w -]+)\}", template)
 
 
 def format_prompt(values: dict[str, str | None], template: str) -> tuple[str, str]:
@@ -258,8 +209,8 @@ def main() -> None:
     for split, rows in processed.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped[split].items()) or "none"
         print(f"  {split:<10} {len(rows):>7} rows (dropped: {reasons})")
-    print("next: python DataProcess/tldr_data_process_partial.py")
+    next_step("DataProcess/tldr_data_process_partial.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again; a dataset that was here is as it was")

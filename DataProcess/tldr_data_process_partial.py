@@ -14,6 +14,7 @@ comparisons cost the same.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerFast
 
-from pargs.cli import fail, is_main, parse_settings, setting
+from pargs.chat import with_turns
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import encode_prompts
 from pargs.files import MAKE_PAIRS, read_dataset
 from pargs.models import check_eos, is_causal, load_config, load_tokenizer, longest_input
@@ -86,7 +88,7 @@ def choose_comparisons(rows: Dataset, count: int, seed: int) -> Dataset:
 
 
 def encode_pairs(
-    batch: dict[str, list[str]],
+    batch: Mapping[str, list],
     tokenizer: PreTrainedTokenizerFast,
     frame: PairFrame,
     causal: bool,
@@ -94,10 +96,11 @@ def encode_pairs(
     max_length: int,
 ) -> dict[str, list]:
     """Encode a batch of comparisons and all their prefixes."""
-    prompts = encode_prompts(tokenizer, batch["prompt"], template)
-    sides = [encode_with_prefixes(tokenizer, batch["prompt"], batch[side], causal) for side in SIDES]
+    prompts = with_turns(batch["prompt"], batch.get("turns"))
+    prompt_ids = encode_prompts(tokenizer, prompts, template)
+    sides = [encode_with_prefixes(tokenizer, prompts, batch[side], causal) for side in SIDES]
 
-    encoded = {"prompt_ids": prompts, "lengths": [], "num_dropped": []}
+    encoded = {"prompt_ids": prompt_ids, "lengths": [], "num_dropped": []}
     for side, responses in zip(SIDES, sides, strict=True):
         encoded[f"{side}_ids"] = [response.ids for response in responses]
         encoded[f"{side}_reencoded"] = [
@@ -105,8 +108,8 @@ def encode_pairs(
             for response in responses
         ]
 
-    for prompt_ids, *pair in zip(prompts, *sides, strict=True):
-        room = max_length - frame.num_special - len(prompt_ids)
+    for own_ids, *pair in zip(prompt_ids, *sides, strict=True):
+        room = max_length - frame.num_special - len(own_ids)
         longest = max(len(response.ids) for response in pair)
         fits = [
             length
@@ -230,8 +233,8 @@ def main() -> None:
         print(f"\nwrote {settings.output}/ for {settings.reward_model}")
         for split in counts:
             print(summary_line(split, pairs[split], entries[split]))
-    print("next: python partial_reward_training/tldr_partial_reward_model.py")
+    next_step("partial_reward_training/tldr_partial_reward_model.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again; a dataset that was here is as it was")

@@ -22,7 +22,9 @@ function addRow(table, cells, tag = "td") {
 function showOverview() {
   find("subtitle").textContent = `${data.prompts.length} prompts, ${data.methods.join(", ")} · ${data.run}`;
   if (Object.keys(data.traces).length) {
-    add(find("subtitle"), "div", "", "Point at an underlined token to see the candidates it was chosen from.");
+    const item = add(find("legend"), "li");
+    add(item, "span", "token", "token");
+    item.append(" point at one to see the candidates it was chosen from");
   }
   if (data.table) {
     addRow(find("results"), data.table.columns, "th");
@@ -34,6 +36,10 @@ function showOverview() {
     image.src = figure.source;
     image.alt = image.title = figure.name;
   }
+  find("show-results").addEventListener("click", () => {
+    find("overview").open = true;
+    find("overview").scrollIntoView();
+  });
 }
 
 // Prompts ------------------------------------------------------------------------------------------------
@@ -166,18 +172,52 @@ function setUpToolbar() {
 
 // The candidates of a token -------------------------------------------------------------------------------
 
+// log p + w r of each candidate; null where a part of it is not known. A log p of null: it could not be chosen.
+function scoresOf(step, weight) {
+  return step.log_probs.map((log_p, at) =>
+    log_p === null || step.rewards[at] === null ? null : log_p + weight * step.rewards[at],
+  );
+}
+
+// How probable it was that each candidate would be taken; of none, where a reward is not known.
+function probabilitiesOf(step, scores, rule) {
+  const possible = step.log_probs.map((log_p) => log_p !== null);
+  if (rule.greedy || possible.filter(Boolean).length === 1) return scores.map((_, at) => Number(at === step.chosen));
+  if (scores.some((score, at) => possible[at] && score === null)) return scores.map(() => null);
+  const highest = Math.max(...scores.filter((score) => score !== null));
+  const shares = scores.map((score) => (score === null ? 0 : Math.exp(score - highest)));
+  const sum = shares.reduce((a, b) => a + b, 0);
+  return shares.map((share) => share / sum);
+}
+
 function showCandidates(span) {
-  const { column, at, step } = span.dataset;
-  const { tokens, log_probs, rewards, chosen } = data.traces[data.methods[column]][at][step];
+  const { column, at, step: number_of_step } = span.dataset;
+  const method = data.methods[column];
+  const step = data.traces[method][at][number_of_step];
+  const rule = data.rules[method]; // an older run does not know it
+  const columns = [step.log_probs, step.rewards].map((values) => values.map((value) => number(value)));
+  const names = ["candidate", "log p", "reward r"];
+  if (rule) {
+    const scores = scoresOf(step, rule.weight);
+    const probabilities = probabilitiesOf(step, scores, rule);
+    columns.push(scores.map((score) => number(score)));
+    columns.push(probabilities.map((share) => (share === null ? "–" : `${(100 * share).toFixed(1)}%`)));
+    names.push(`log p + ${rule.weight} r`, "probability");
+  }
+
   const box = find("candidates");
   box.replaceChildren();
   const table = add(box, "table");
-  addRow(table, ["candidate", "log p", "reward"], "th");
-  tokens.forEach((token, candidate) => {
+  addRow(table, names, "th");
+  step.tokens.forEach((token, candidate) => {
     const visible = token.replaceAll(" ", "␣").replaceAll("\n", "↵");
-    const row = addRow(table, [visible, number(log_probs[candidate]), number(rewards[candidate])]);
-    if (candidate === chosen) row.className = "chosen";
+    const row = addRow(table, [visible, ...columns.map((values) => values[candidate])]);
+    if (candidate === step.chosen) row.className = "chosen";
   });
+  if (rule) {
+    const how = rule.greedy ? "greedy: the best score is taken" : "sampled from the softmax of the scores";
+    add(box, "div", "footnote", `${method}, ${how}`);
+  }
 
   box.hidden = false;
   const token = span.getBoundingClientRect();
@@ -187,7 +227,7 @@ function showCandidates(span) {
 }
 
 document.addEventListener("mouseover", (event) => {
-  if (event.target.classList.contains("token")) showCandidates(event.target);
+  if (event.target.matches(".text .token")) showCandidates(event.target);
   else find("candidates").hidden = true;
 });
 document.addEventListener("scroll", () => (find("candidates").hidden = true), true);

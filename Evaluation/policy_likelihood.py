@@ -16,6 +16,7 @@ from sampled_kl import LogProbs
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 
+from pargs.chat import with_turns
 from pargs.cli import fail
 from pargs.encoding import encode_responses
 from pargs.files import DECODE
@@ -41,6 +42,7 @@ def measure_log_probs(
     max_new_tokens: int,
     batch_size: int,
     label: str,
+    gap: float | None = None,
 ) -> tuple[list[LogProbs], str | None]:
     """Both log-probabilities of each response under a policy; and why text was encoded again, if it was.
 
@@ -52,7 +54,7 @@ def measure_log_probs(
         pairs = encode_texts_again(policy, responses, template, max_new_tokens)
     else:
         pairs = pair_ids(policy, responses, template, max_new_tokens)
-    return response_log_probs(policy, pairs, k, batch_size, label), reason
+    return response_log_probs(policy, pairs, k, batch_size, label, gap), reason
 
 
 def why_encode_again(policy: Policy, responses: pd.DataFrame, writer: str | None) -> str | None:
@@ -84,9 +86,13 @@ def vocabulary(name: str) -> dict[str, int]:
     return load_tokenizer(name).get_vocab()
 
 
+def prompts_of(responses: pd.DataFrame) -> list[str]:
+    return with_turns(list(responses.index.get_level_values("prompt")), responses.get("turns"))
+
+
 def pair_ids(policy: Policy, responses: pd.DataFrame, template: str, max_new_tokens: int) -> list[Pair]:
     """Each prompt as decoding reads it, and the ids that were written."""
-    prompts = list(responses.index.get_level_values("prompt"))
+    prompts = prompts_of(responses)
     prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
     vocabulary_size = policy.model.get_input_embeddings().num_embeddings
     if any(not 0 <= token < vocabulary_size for ids in responses["ids"] for token in ids):
@@ -101,7 +107,7 @@ def encode_texts_again(
 
     What spells a special token in a text stays text; special tokens of `template` are live.
     """
-    prompts = list(responses.index.get_level_values("prompt"))
+    prompts = prompts_of(responses)
     prompt_ids, _ = encode_for_policy(policy, prompts, template, max_new_tokens)
     response_ids = encode_responses(policy.tokenizer, prompts, list(responses["result"]))
     eos, ended = sorted(policy.eos_ids)[:1], responses["finish_reason"] == "eos"
@@ -112,13 +118,14 @@ def encode_texts_again(
 
 
 def response_log_probs(
-    policy: Policy, pairs: list[Pair], k: int, batch_size: int, label: str
+    policy: Policy, pairs: list[Pair], k: int, batch_size: int, label: str, gap: float | None = None
 ) -> list[LogProbs]:
     """Log-probabilities in nats of each response's tokens given what precedes them.
 
     Returns:
         per pair, two arrays of shape [len(response)]: under the policy, and under top-k sampling of it
-        (renormalised over the k likeliest tokens, -inf for a token outside them). Both are empty where
+        (renormalised over the k likeliest tokens, of these over those within `gap` nats of the first if it
+        is given, -inf for a token outside them). Both are empty where
         the pair does not fit into the policy's context.
     """
     lengths = [len(pair.prompt_ids) + len(pair.response_ids) for pair in pairs]
@@ -131,7 +138,7 @@ def response_log_probs(
     order = sorted(fitting, key=lambda at: -lengths[at])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     scored = map_shared(
-        lambda batch: batch_log_probs(policy, [pairs[at] for at in batch], k), batches, label, " batches"
+        lambda batch: batch_log_probs(policy, [pairs[at] for at in batch], k, gap), batches, label, " batches"
     )
 
     results: list[LogProbs] = [(np.empty(0), np.empty(0))] * len(pairs)
@@ -142,7 +149,7 @@ def response_log_probs(
 
 
 @torch.inference_mode()
-def batch_log_probs(policy: Policy, pairs: list[Pair], k: int) -> list[LogProbs]:
+def batch_log_probs(policy: Policy, pairs: list[Pair], k: int, gap: float | None = None) -> list[LogProbs]:
     device = policy.model.device
     sequences = [torch.tensor(pair.prompt_ids + pair.response_ids) for pair in pairs]
     input_ids = pad_sequence(sequences, batch_first=True).to(device)  # [batch, length]
@@ -156,8 +163,9 @@ def batch_log_probs(policy: Policy, pairs: list[Pair], k: int) -> list[LogProbs]
         first, last = len(pair.prompt_ids), len(sequences[row])
         log_probs = logits[row, first - 1 : last - 1].float().log_softmax(-1)  # [response, vocabulary]
         top = log_probs.topk(min(k, log_probs.shape[-1])).values  # [response, k]
-        within = log_probs - top.logsumexp(-1, keepdim=True)
-        within = within.where(log_probs >= top[:, -1:], -torch.inf)  # [response, vocabulary]
+        lowest = top[:, -1:] if gap is None else top[:, -1:].maximum(top[:, :1] - gap)
+        within = log_probs - top.masked_fill(top < lowest, -torch.inf).logsumexp(-1, keepdim=True)
+        within = within.where(log_probs >= lowest, -torch.inf)  # [response, vocabulary]
 
         of_tokens = []
         for values in (log_probs, within):

@@ -3,7 +3,7 @@
 Reads   the validation split of summarize_from_feedback/, and the two reward models.
 Writes  prefix_accuracy.png, .pdf, .csv: how often the chosen prefix scores above the rejected one, against
         the fraction of the response seen; prefix_accuracy_paired.csv: the two models on the same pairs;
-        token_rewards.png, .pdf: the rewards token by token.
+        token_rewards.png, .pdf: the rewards token by token; prefix_accuracy.json: where they come from.
 
 As in training, the prefixes of a pair have the same length in tokens of the reward model, here a fraction of
 its longer response, and past its own end a response stays whole. Where both prefixes are still the same
@@ -12,6 +12,7 @@ there is nothing to rank: those pairs do not count at that fraction. No two pair
     python Evaluation/prefix_accuracy.py
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ from prefix_figures import READABLE, draw_accuracy, draw_token_rewards, name_mod
 from pydantic import NonNegativeInt, PositiveInt
 from reward_reading import Pair, ask, encode_pair, read_rewards
 
-from pargs.cli import fail, is_main, parse_settings, setting, warn
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting, warn
 from pargs.figures import save_figure
-from pargs.files import MAKE_PAIRS, TRAIN_PARTIAL, check_writable, read_dataset, write_whole
+from pargs.files import MAKE_PAIRS, TRAIN_PARTIAL, check_writable, read_dataset, write_text, write_whole
 from pargs.models import RewardModel, load_reward_model
+from pargs.origin import Origin, identify
 from pargs.prefixes import SIDES
-from pargs.processes import count_processes, join_processes
+from pargs.processes import count_processes, describe_device, join_processes
 from pargs.runs import GuideEos
 from pargs.statistics import bootstrap_interval, mcnemar, proportion
 
@@ -50,6 +52,21 @@ class Settings:
     seed: NonNegativeInt = setting(42, "Which pairs are chosen, and of the bootstrap.")
     resamples: PositiveInt = setting(9999, "Bootstrap resamples.")
     output_dir: str = setting(".", "Where the figures and the table go.")
+    overwrite: bool = setting(False, "Also over figures of more pairs.")
+
+
+def keep_figures_of_more(settings: Settings) -> None:
+    """Exit where a quick look at a few pairs would replace the figures of more."""
+    path = Path(settings.output_dir, "prefix_accuracy.json")
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))["num_pairs"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # none that is known to be of more
+    if settings.num_pairs < pairs and not settings.overwrite:
+        fail(
+            f"{path} is of {pairs} pairs, more than --num_pairs {settings.num_pairs}: "
+            "keep it with another --output_dir, or replace it with --overwrite"
+        )
 
 
 def read_pairs(settings: Settings) -> tuple[Dataset, str]:
@@ -211,6 +228,11 @@ def print_table(accuracy: pd.DataFrame, names: dict[str, str]) -> None:
     print(shown.to_markdown(tablefmt="simple", disable_numparse=True))
 
 
+def show_difference(mean: float, low: float, high: float) -> str:
+    """With its interval, which a single pair does not have."""
+    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low == low else "")
+
+
 def print_comparison(paired: pd.DataFrame) -> None:
     shown = pd.DataFrame(
         {
@@ -219,7 +241,7 @@ def print_comparison(paired: pd.DataFrame) -> None:
             "only full right": paired["full_only"].astype(str),
             "only partial right": paired["partial_only"].astype(str),
             "difference": [
-                f"{row.difference:+.3f} [{row.interval_low:+.3f}, {row.interval_high:+.3f}]" if row.n else "-"
+                show_difference(row.difference, row.interval_low, row.interval_high) if row.n else "-"
                 for row in paired.itertuples()
             ],
             "p": [f"{row.p:.3f}" if row.n else "-" for row in paired.itertuples()],
@@ -232,6 +254,7 @@ def main() -> None:
     settings = parse_settings(Settings, __doc__)
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
+    keep_figures_of_more(settings)
 
     rows, template = read_pairs(settings)
     reward_models = load_reward_models(settings)
@@ -258,6 +281,10 @@ def main() -> None:
         write_whole(output_dir / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False))
     for name, figure in figures.items():
         save_figure(figure, output_dir / name)
+    models = {model.name: identify(model.name, model.model.config) for model in reward_models.values()}
+    record = {"num_pairs": len(pairs), "models": models}
+    record["origin"] = Origin.of(settings, describe_device()).model_dump()
+    write_text(output_dir / "prefix_accuracy.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     print(f"\nRanking accuracy on prefixes of {len(pairs)} validation pairs, with 95% Wilson intervals;")
     print("n: pairs whose prefixes differ at that fraction of the response\n")
@@ -271,8 +298,8 @@ def main() -> None:
     print(f"\nwrote {output_dir / 'prefix_accuracy'}.csv, .png, .pdf (figure and table), {count_processes()}")
     print(f"wrote {output_dir / 'prefix_accuracy_paired.csv'} (the two models compared)")
     print(f"wrote {output_dir / 'token_rewards'}.png, .pdf (figure)")
-    print("next: python Evaluation/show_generations.py")
+    next_step("Evaluation/show_generations.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

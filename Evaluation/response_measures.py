@@ -9,7 +9,7 @@ import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 from run_files import Run, read_references
 from sampled_kl import Values, locate_model, measure_likelihood
-from statistics_table import per_prompt
+from statistics_table import SCORE_COLUMN, per_prompt
 
 from pargs.runs import REFERENCE
 
@@ -17,7 +17,7 @@ from pargs.runs import REFERENCE
 def measure_responses(
     runs: dict[str, Run], methods: list[str], dataset: str, policy: str | None, batch_size: int
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Everything beside the reward, a row per method, and what could not be had of pooled responses."""
+    """What stands beside the reward, a row per method, and what could not be had of pooled responses."""
     references = {name: read_references(run, dataset) for name, run in runs.items()}
     for name, run in runs.items():
         if not references[name]:
@@ -28,10 +28,13 @@ def measure_responses(
     measured: dict[str, dict[str, float | str | None]] = {}
     notes: list[str] = []
     for method in methods:
+        measured[method] = {}
+        for scorer in dict.fromkeys(scorer for run in runs.values() for scorer in run.scores):
+            measured[method] |= mean_score(runs, method, scorer, references, notes)
         if method == REFERENCE:
             continue
         of_runs = [run for run in runs.values() if method in run.rewards]
-        measured[method] = {"evaluator_was": who_marked(of_runs, method), **mean_cost(of_runs, method)}
+        measured[method] |= {"evaluator_was": who_marked(of_runs, method), **mean_cost(of_runs, method)}
         responses = {name: run.responses[method] for name, run in runs.items() if method in run.responses}
         if not responses:
             continue
@@ -42,6 +45,41 @@ def measure_responses(
             "sampled_kl": pooled_mean(kl, method, "KL", notes),
         }
     return pd.DataFrame.from_dict(measured, orient="index").dropna(axis="columns", how="all"), notes
+
+
+def mean_score(
+    runs: dict[str, Run],
+    method: str,
+    scorer: str,
+    references: dict[str, dict[str, list[str]]],
+    notes: list[str],
+) -> dict[str, float]:
+    """Mean and standard error of what a further reward model gives a method, over all runs it has scored."""
+    of_runs = {}
+    for name, run in runs.items():
+        if scorer not in run.scores or method not in run.rewards:
+            continue
+        own_name, rewards = run.names.get(method, method), run.scores[scorer].rewards()
+        if method == REFERENCE:
+            texts = [references[name].get(prompt, [""])[0] for prompt, _ in run.rewards.index]
+        elif method in run.responses:
+            texts = list(run.responses[method]["result"])
+        else:
+            continue
+        keys = zip(run.rewards.index, texts, strict=True)
+        found = [rewards.get((own_name, prompt, text), np.nan) for (prompt, _), text in keys]
+        of_runs[name] = pd.Series(found, run.rewards.index, dtype=float)
+    if not of_runs:
+        return {}
+    pooled = pd.concat(of_runs, names=["run"])
+    prompts = per_prompt(pooled)
+    if missing := int(pooled.isna().sum()):
+        notes.append(
+            f"{method}: {scorer} has scored {len(pooled) - missing} of {len(pooled)} responses; "
+            "Evaluation/score_generations.py scores the rest"
+        )
+    column = f"{SCORE_COLUMN}{scorer}"
+    return {column: prompts.mean(), f"{column}_standard_error": prompts.sem()}
 
 
 def who_marked(runs: list[Run], method: str) -> str | None:
@@ -77,8 +115,8 @@ def cost_of(run: Run, method: str) -> dict[str, float]:
         return {}
     cost, samples, tokens = record.cost, record.method.best_of, float(record.cost.tokens)
     if record.method.chooser:
-        if cost.responses < samples * len(run.rewards):
-            run.note(f"no cost of {method}: its last launch went on with an earlier one")
+        if cost.responses != samples * len(run.rewards):
+            run.note(f"no cost of {method}: its last launch wrote other responses than these")
             return {}
         # Of what is delivered: discarded samples are part of its price, as they are of the seconds.
         delivered = run.responses.get(method)

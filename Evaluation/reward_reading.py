@@ -1,11 +1,14 @@
 """Rewards of prefixes, read as the partial reward model was trained: the same inputs, the same lengths."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from pargs.chat import with_turns
 from pargs.cli import fail
 from pargs.encoding import encode_prompts, eos_id
 from pargs.models import RewardModel
@@ -42,8 +45,8 @@ class Question:
         return self.input_ids[: self.position + 1 or None]
 
 
-def encode_pair(reward_model: RewardModel, row: dict[str, str], template: str) -> Pair:
-    tokenizer, prompt = reward_model.tokenizer, row["prompt"]
+def encode_pair(reward_model: RewardModel, row: Mapping[str, Any], template: str) -> Pair:
+    tokenizer, (prompt,) = reward_model.tokenizer, with_turns([row["prompt"]], [row.get("turns")])
     responses = [row[side] for side in SIDES]
     encoded = encode_with_prefixes(tokenizer, [prompt] * 2, responses, reward_model.causal)
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], template)

@@ -5,14 +5,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from pydantic import BaseModel, FiniteFloat
 
 from pargs.files import MAKE_PAIRS, read_dataset
+from pargs.origin import Origin
 from pargs.runs import (
     REFERENCE,
+    REFERENCES,
     REWARDS,
     MethodRecord,
+    Reference,
     Step,
     generation_path,
+    parse_json,
+    read_bytes,
     read_generations,
     read_methods,
     read_rewards,
@@ -23,20 +29,44 @@ from pargs.runs import (
 Key = tuple[str, int]  # a prompt, and which of its occurrences in the run (0 unless a prompt comes twice)
 
 
+class Score(BaseModel):
+    """The reward of one response, or of a reference."""
+
+    method: str
+    prompt: str
+    result: str
+    reward: FiniteFloat
+
+
+class Scores(BaseModel):
+    """A file `scores_NAME.json`: a run's responses as one reward model finds them."""
+
+    reward_model: str
+    identity: str | None  # a digest of its folder, or the hub's commit
+    origin: Origin
+    scores: list[Score]
+
+    def rewards(self) -> dict[tuple[str, str, str], float]:
+        """By method, prompt and text: what was decoded anew since has none."""
+        return {(score.method, score.prompt, score.result): score.reward for score in self.scores}
+
+
 @dataclass
 class Run:
     """One run directory.
 
     `rewards` has a row per prompt and a column per method (and `reference`); `responses` has, per method
-    with a generation file, a row per prompt with `result`, `num_tokens`, `finish_reason` and `ids` (None in
-    older files). Both are indexed by (prompt, copy). `methods` says what each method was; `notes` names
-    everything that is missing.
+    with a generation file, a row per prompt with `result`, `num_tokens`, `finish_reason`, `ids` (None in
+    older files) and `turns` (None but of chat prompts). Both are indexed by (prompt, copy). `methods` says
+    what each method was; `notes` names everything that is missing.
     """
 
     directory: Path
     rewards: pd.DataFrame
     methods: dict[str, MethodRecord]
     responses: dict[str, pd.DataFrame] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)  # by name
+    names: dict[str, str] = field(default_factory=dict)  # of methods that have another name in the files
     notes: list[str] = field(default_factory=list)
 
     def note(self, message: str) -> None:
@@ -83,7 +113,14 @@ def read_run(directory: Path) -> Run:
             run.note(f"{path.name} has no response for {missing_rows(responses['result'])} of {REWARDS}")
         if responses["result"].notna().any():
             run.responses[str(method)] = responses
+    for path in sorted(directory.glob("scores_*.json")):
+        run.scores[path.stem.removeprefix("scores_")] = read_scores(path)
     return run
+
+
+def read_scores(path: Path) -> Scores:
+    again = "delete it, then `python Evaluation/score_generations.py`"
+    return parse_json(Scores, read_bytes(path), str(path), again)
 
 
 def missing_rows(column: pd.Series, limit: int = 8) -> str:
@@ -95,14 +132,14 @@ def missing_rows(column: pd.Series, limit: int = 8) -> str:
 
 def read_responses(path: Path) -> pd.DataFrame:
     """One `generation_*.json`, a row per prompt."""
-    columns = ["prompt", "result", "num_tokens", "finish_reason", "ids"]
+    columns = ["prompt", "result", "num_tokens", "finish_reason", "ids", "turns"]
     rows = [generation.model_dump(include=set(columns)) for generation in read_generations(path)]
     return index_by_prompt(pd.DataFrame(rows, columns=columns))
 
 
 def read_steps(run: Run, method: str) -> dict[Key, list[Step]]:
     """The steps that `--trace` recorded, per prompt; empty where there is no trace."""
-    traces = read_traces(trace_path(method, run.directory))
+    traces = read_traces(trace_path(run.names.get(method, method), run.directory))
     keys = prompt_keys([trace.prompt for trace in traces])
     return {key: trace.steps for key, trace in zip(keys, traces, strict=True)}
 
@@ -113,13 +150,17 @@ def find_dataset(run: Run, dataset: str) -> Path | None:
 
 
 def read_references(run: Run, dataset: str) -> dict[str, list[str]]:
-    """The reference summaries of each test prompt; empty where the dataset is not there."""
-    place = find_dataset(run, dataset)
-    if place is None:
-        return {}
-    test = read_dataset(place, {"test": ["prompt", "reference"]}, MAKE_PAIRS)[0]["test"]
-
+    """The reference summaries of each prompt, of the dataset and of the user's own prompts."""
     references: dict[str, list[str]] = {}
-    for prompt, reference in zip(test["prompt"], test["reference"], strict=True):
-        references.setdefault(prompt, []).append(reference)
-    return references
+    if place := find_dataset(run, dataset):
+        test = read_dataset(place, {"test": ["prompt", "reference"]}, MAKE_PAIRS)[0]["test"]
+        for prompt, reference in zip(test["prompt"], test["reference"], strict=True):
+            references.setdefault(prompt, []).append(reference)
+
+    path, own = run.directory / REFERENCES, {}
+    for row in parse_json(list[Reference], read_bytes(path), str(path)) if path.exists() else ():
+        if row.reference is not None:
+            own.setdefault(row.prompt, []).append(row.reference)
+    # The dataset may have more for a prompt than the run drew.
+    others = {prompt: texts for prompt, texts in own.items() if set(texts) - {*references.get(prompt, ())}}
+    return references | others

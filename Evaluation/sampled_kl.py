@@ -28,7 +28,6 @@ def measure_likelihood(run: Run, dataset: str, policy: str | None, batch_size: i
     Why a method has none is noted in the run, and where its ids were not to be had.
     """
     policy = policy and locate_model(policy)
-    template = read_template(find_dataset(run, dataset) or dataset)
     responses = {method: rows.dropna(subset="result") for method, rows in run.responses.items()}
     encoded_again: defaultdict[str, dict[str, None]] = defaultdict(dict)  # methods by reason, in order
     reasons: defaultdict[str, list[str]] = defaultdict(list)
@@ -42,7 +41,11 @@ def measure_likelihood(run: Run, dataset: str, policy: str | None, batch_size: i
         k = record.k if record else 1  # without a record there is no KL
         limit = record.max_new_tokens if record else int(rows["num_tokens"].max())
         label = f"{method} under {Path(model).name}"
-        found, why = measure_log_probs(model, rows, template, writer, k, limit, batch_size, label)
+        gap = record.candidate_gap if record else None
+        template = record.template if record else None
+        if template is None:  # an older record does not say
+            template = read_template(find_dataset(run, dataset) or dataset)
+        found, why = measure_log_probs(model, rows, template, writer, k, limit, batch_size, label, gap)
         if why:
             encoded_again[why][method] = None
         return found
@@ -119,9 +122,10 @@ def trace_log_probs(steps: list[Step], method: Method) -> tuple[float, float]:
         return np.nan, np.nan
     of_policy = of_method = 0.0
     for step in steps:
-        log_probs = np.array(step.log_probs, dtype=float)  # [k]; NaN where a number is missing
+        log_probs = np.array(step.log_probs, dtype=float)  # [k]; NaN for one that could not be chosen
         of_policy += log_probs[step.chosen]
-        if not method.greedy:
+        possible = ~np.isnan(log_probs)
+        if not method.greedy and possible.sum() > 1:  # of one candidate the method is sure
             scores = log_probs + method.weight * np.array(step.rewards, dtype=float)
-            of_method += log_softmax(scores)[step.chosen]
+            of_method += log_softmax(np.where(possible, scores, -np.inf))[step.chosen]
     return of_policy, of_method

@@ -10,6 +10,7 @@ Writes  generations.html: no network, no other files; open it in a browser.
 import base64
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pandas as pd
 from run_files import Run, read_references, read_run, read_steps
 from statistics_table import readable_table
 
-from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.cli import SettingsParser, fail, is_main, run_script, setting
 from pargs.files import check_writable, write_text
 from pargs.runs import REFERENCE, Step
 
@@ -83,6 +84,12 @@ def rounded_step(step: Step) -> dict:
     numbers = {"log_probs": step.log_probs, "rewards": step.rewards}
     rounded = {name: [finite(value) for value in values] for name, values in numbers.items()}
     return {"tokens": step.tokens, "chosen": step.chosen, **rounded}
+
+
+def collect_rules(run: Run, methods: Iterable[str]) -> dict[str, dict]:
+    """How each of the methods weighs a reward and picks a token; an older run does not say."""
+    known = {method: run.methods[method].method for method in methods if method in run.methods}
+    return {name: {"weight": method.weight, "greedy": method.greedy} for name, method in known.items()}
 
 
 def finite(value: float | None) -> float | None:
@@ -157,6 +164,7 @@ def main() -> None:
             "reference": REFERENCE,
             "prompts": collect_prompts(run, methods, references),
             "traces": traces,
+            "rules": collect_rules(run, traces),
             "table": table,
             "figures": collect_figures(directory),
             "notes": run.notes,
@@ -172,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

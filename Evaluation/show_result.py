@@ -1,31 +1,39 @@
 """Table and figure of the average reward of each method, from one run or from several pooled.
 
 Reads   baseline_results.csv and methods.json of each run and, where they are there, its generation_*.json,
-        trace_*.jsonl and the references in summarize_from_feedback/.
-Writes  average_reward.csv, .md, .tex (the table) and average_reward.png, .pdf (the figure).
+        trace_*.jsonl, scores_*.json (a column each), and the references in summarize_from_feedback/.
+Writes  average_reward.csv, .md, .tex (the table) and average_reward.png, .pdf (the figure); results.json, the
+        table as data, with how each method of each run was made.
+
+Several runs are pooled where they differ in the seed of the sampling alone; --sweep gives a method with other
+settings, say another weight, a row of its own.
 
 The sampled KL from the reference policy, per response in nats, comes from a method's trace or, with --policy,
 from the policies that methods.json names; --policy also gives the log-likelihood per token. Best-of-n has no
 log-probabilities of its own, so no KL.
 
     python Evaluation/show_result.py
-    python Evaluation/show_result.py runs/seed*/ --baseline PARGS
+    python Evaluation/show_result.py runs/seed*/ --baseline PARGS --output_dir runs
 """
 
+import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pooling import check_alike, label_sweep, note_unknown
 from pydantic import NonNegativeInt, PositiveInt
 from response_measures import measure_responses
 from reward_figure import draw_figure
 from run_files import Run, read_run
-from statistics_table import TEXT_COLUMNS, count_folded, readable_table, summarise
+from statistics_table import TEXT_COLUMNS, count_folded, in_words, readable_table, summarise
 
-from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.cli import SettingsParser, fail, is_main, next_step, run_script, setting
 from pargs.figures import save_figure
 from pargs.files import check_writable, write_text, write_whole
+from pargs.origin import Origin
 from pargs.runs import REFERENCE, REWARDS
 
 NAME = "average_reward"
@@ -41,6 +49,8 @@ class Settings:
         None, "Reference policy, e.g. vistagi/gpt2-large-tldr-sum, for log p and KL."
     )
     batch_size: PositiveInt = setting(8, "Responses scored at once by a policy.")
+    sweep: bool = setting(False, "A row for each setting of a method; runs that share them are pooled.")
+    pool_anyway: bool = setting(False, "Pool runs also where their settings, models or prompts differ.")
     output_dir: str = setting(".", "Where the table and the figure go.")
 
 
@@ -110,6 +120,36 @@ def describe(summary: pd.DataFrame, rewards: pd.DataFrame) -> list[str]:
     return lines
 
 
+def save_data(
+    summary: pd.DataFrame,
+    caption: list[str],
+    notes: list[str],
+    runs: dict[str, Run],
+    settings: Settings,
+    seconds: float,
+) -> None:
+    """The table as data, with what it says in words and what each method of each run was made with."""
+    rows = json.loads(summary.to_json(orient="index", double_precision=15))  # a NaN becomes null
+    content = {
+        "results": rows,
+        "in_words": in_words(summary),
+        "caption": caption,
+        "left_out": notes,
+        "runs": {
+            name: {method: record.model_dump() for method, record in run.methods.items()}
+            for name, run in runs.items()
+        },
+        "scores": {
+            name: {scorer: scores.model_dump(exclude={"scores"}) for scorer, scores in run.scores.items()}
+            for name, run in runs.items()
+        },
+        "seconds": round(seconds, 1),
+        "origin": Origin.of(settings).model_dump(),
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(Path(settings.output_dir, "results.json"), text + "\n")
+
+
 def save_table(summary: pd.DataFrame, caption: list[str], notes: list[str], output_dir: Path) -> None:
     """The table as numbers (.csv) and as people read it (.md, .tex), with its caption and what is missing."""
     shown = readable_table(summary)
@@ -125,6 +165,7 @@ def save_table(summary: pd.DataFrame, caption: list[str], notes: list[str], outp
 
 
 def main() -> None:
+    started = time.perf_counter()
     settings, directories = parse_command_line()
     if not (settings.policy or is_main()):
         return  # there is no model work to share
@@ -132,7 +173,16 @@ def main() -> None:
     check_writable(output_dir)
 
     runs = read_runs(directories)
-    rewards = pool_rewards(runs)
+    if settings.sweep:
+        if not settings.pool_anyway:
+            check_alike(runs, sweep=True)
+        runs, rewards = label_sweep(runs)
+    else:
+        if len(runs) > 1:
+            note_unknown(runs)
+            if not settings.pool_anyway:
+                check_alike(runs)
+        rewards = pool_rewards(runs)
     baseline = choose_baseline(settings.baseline, list(rewards))
     beside_reward, notes = measure_responses(
         runs, list(rewards), settings.dataset, settings.policy, settings.batch_size
@@ -153,10 +203,13 @@ def main() -> None:
         print("\nLeft out:\n" + "\n".join(f"- {note}" for note in notes))
 
     save_table(summary, caption, notes, output_dir)
+    save_data(summary, caption, notes, runs, settings, time.perf_counter() - started)
     save_figure(draw_figure(rewards, summary), output_dir / NAME)
+    print("\n" + "\n".join(in_words(summary)))
     print(f"\nwrote {output_dir / NAME}.csv, .md, .tex (table) and .png, .pdf (figure)")
-    print("next: python Evaluation/show_generations.py")
+    print(f"wrote {output_dir / 'results.json'} (the table as data)")
+    next_step("Evaluation/show_generations.py", *([] if directories[0] == "." else directories[:1]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

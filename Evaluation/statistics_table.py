@@ -1,9 +1,13 @@
 """The statistics of the reward table, and the table as people read it."""
 
+import re
+
+import numpy as np
 import pandas as pd
 
 from pargs.statistics import bootstrap_interval
 
+SCORE_COLUMN = "reward_by_"  # before the name of a further reward model
 TEXT_COLUMNS = ("Method", "Scored by")  # of the table as people read it; the others hold numbers
 
 
@@ -75,7 +79,7 @@ def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
         values = summary.reindex(columns=fields)
         if values[fields[0]].notna().any():
             shown[column] = [
-                "–" if pd.isna(row[0]) else template.format(*row).replace("nan", "–")
+                "–" if pd.isna(row[0]) else show_numbers(template, row)
                 for row in values.itertuples(index=False)
             ]
 
@@ -86,6 +90,10 @@ def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
     show("95% interval", "[{:.3f}, {:.3f}]", "interval_low", "interval_high")
     show("SD of runs", "{:.3f}", "run_std")
     show("Scored by", "{}", "evaluator_was")
+    for column in summary.columns[summary.columns.str.startswith(SCORE_COLUMN)]:
+        if not column.endswith("_standard_error"):
+            name = column.removeprefix(SCORE_COLUMN)
+            show(f"Reward by {name}", "{:.3f} ± {:.3f}", column, f"{column}_standard_error")
     show(f"vs {baseline}", "{:+.3f} [{:+.3f}, {:+.3f}]", "difference", "difference_low", "difference_high")
     show("Wins", "{:.0%}", "win_rate")
     show("Tokens", "{:.1f}", "mean_tokens")
@@ -96,3 +104,30 @@ def readable_table(summary: pd.DataFrame) -> pd.DataFrame:
     show("Reward calls / token", "{:.2f}", "reward_calls_per_token")
     show("Seconds / prompt", "{:.3g}", "seconds_per_prompt")
     return shown
+
+
+def show_numbers(template: str, numbers: tuple) -> str:
+    """A filled cell; of one prompt, whose spread is not known, the mean alone."""
+    text = re.sub(r" (± nan|\[[+-]?nan, [+-]?nan\])$", "", template.format(*numbers))
+    return text.replace("nan", "–")
+
+
+def in_words(summary: pd.DataFrame) -> list[str]:
+    """A sentence for each comparison with the baseline, which says no more than its interval allows."""
+    baseline, lines = summary["baseline"].iloc[0], []
+    for method, row in summary.drop(index=baseline).iterrows():
+        gap, low, high = row["difference"], row["difference_low"], row["difference_high"]
+        if np.isnan(low):
+            lines.append(f"{method} and {baseline}: too few prompts to compare.")
+        elif low <= 0 <= high:
+            lines.append(
+                f"{method} and {baseline} are not told apart by the reward: the difference is {gap:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}], which holds 0."
+            )
+        else:
+            nearer, farther = sorted((abs(low), abs(high)))
+            side = "above" if gap > 0 else "below"
+            lines.append(
+                f"{method} is {abs(gap):.3f} [{nearer:.3f}, {farther:.3f}] {side} {baseline} in reward."
+            )
+    return lines

@@ -2,31 +2,35 @@
 
 Reads   summarize_from_feedback/ (split `test`), the policies and the reward models.
 Writes  generation_{args,pargs,pargs_g,bestn,...}.json and baseline_results.csv, which holds the
-        evaluation reward model's score of each finished response; methods.json, what each method was and
-        what it cost; with --trace also trace_*.jsonl.
+        evaluation reward model's score of each finished response; methods.json, what each method was, what
+        it cost and where it comes from; references.json; with --trace also trace_*.jsonl.
 
 At each token the policy proposes its top k; guided methods add w times the reward of each continuation to
 its log-probability and take the best, or sample. All prompts decode together, yet what is written for one
 does not depend on the others: its random numbers belong to (seed, method, prompt, sample, step) alone.
-What is finished is kept as it goes: the same command goes on after a run that was killed.
+What is finished is kept as it goes: the same command goes on after a run that was killed. With other
+settings, what they change is decoded anew, and nothing else: one method, prompts that are new, or rewards.
 
     python PARGS_decode/PARGS_baselines.py
 """
 
 import json
 import os
+import re
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
 import torch
-from final_rewards import pick_best, score_references, score_responses
+from final_rewards import pick_best, score_again, score_references, score_responses
 from guides import CachedGuide, RereadingGuide, choose_guide, left_pad, positions
-from progress import Progress, digest
+from progress import Progress
 from prompts import load_prompts
 from pydantic import FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from responses import Response, append_tokens, begin_responses, cache_bytes, cut_into_waves, keep_trace
@@ -39,14 +43,34 @@ from run_models import (
     peak_gb,
     reset_peak,
 )
-from run_state import check_models, claim_directory, collect_rewards, methods_left, save_method
+from run_state import (
+    Work,
+    check_models,
+    collect_rewards,
+    drop_results,
+    find_work,
+    known_methods,
+    save_method,
+    save_references,
+    save_rewards,
+)
 from transformers import Cache, DynamicCache
 
-from pargs.cli import fail, is_main, parse_settings, setting
-from pargs.files import write_text
+from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.files import check_writable
 from pargs.models import Policy, load_policy, load_tokenizer, warn_of_unused_separator
-from pargs.processes import count_processes, gather, join_processes, progress_bar, split
-from pargs.runs import REWARDS, Cost, Generation, GuideEos, Method, MethodRecord, generation_path
+from pargs.origin import Origin
+from pargs.processes import count_processes, describe_device, gather, join_processes, progress_bar, split
+from pargs.runs import (
+    REWARDS,
+    Cost,
+    Generation,
+    GuideEos,
+    Method,
+    MethodRecord,
+    generation_path,
+    write_methods,
+)
 
 
 @dataclass
@@ -65,10 +89,19 @@ class Settings:
     ppo_policy: str = setting("vistagi/gpt2-large-tldr-sum-rlhf", "The RLHF model.")
 
     dataset: str = setting("summarize_from_feedback", "Where the test prompts are.")
-    prompts: str | None = setting(None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}.')
-    num_prompts: NonNegativeInt = setting(100, "Test prompts to decode; 0 for all.")
+    prompts: str | None = setting(
+        None, 'Own prompts instead: lines {"prompt": ..., "reference": ...}, a text or messages.'
+    )
+    num_prompts: NonNegativeInt | None = setting(
+        None, "How many to decode, 0 for all; if not given, 100 test prompts or all of --prompts."
+    )
+    prompt_seed: int = setting(42, "Which test prompts; more of the same seed contain the fewer.")
+    output_dir: str = setting(".", "Where everything is written: a run directory.")
 
     k: PositiveInt = setting(10, "Tokens that the policy proposes at each step.")
+    candidate_gap: PositiveFloat | None = setting(
+        None, "Leave out candidates more than so many nats below the most probable; none unless given."
+    )
     max_new_tokens: PositiveInt = setting(64, "Longest response in tokens.")
     args_weight: FiniteFloat = setting(1.0, "w of ARGS in log pi + w * r.")
     pargs_g_weight: FiniteFloat = setting(1.0, "w of PARGS-G.")
@@ -77,11 +110,9 @@ class Settings:
         "finished", "Where ARGS' guide reads an EOS, if it is decoder-only: always closes every prefix."
     )
     best_of: PositiveInt = setting(10, "Samples that BESTN chooses from.")
-    seed: int = setting(42, "Which test prompts, and all sampling.")
+    seed: int = setting(42, "Of all sampling.")
 
-    overwrite: bool = setting(
-        False, "Decode the methods anew; with other settings, delete all results first."
-    )
+    overwrite: bool = setting(False, "Delete what is here of the methods, and decode them anew.")
     trace: bool = setting(False, "Keep every step's candidates and rewards.")
     dtype: Precision = setting("auto", "Of policies and guides; auto: float16 on a GPU, float32 on a CPU.")
     device_map: str | None = setting(None, "auto spreads a policy too large for one GPU over all of them.")
@@ -115,16 +146,22 @@ METHODS: dict[str, Callable[[Settings], Method]] = {
 # Choosing a token
 
 
-def top_candidates(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_candidates(
+    logits: torch.Tensor, k: int, gap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k most probable tokens and their log-probabilities over the whole vocabulary, both [batch, k].
 
-    Candidates come by falling probability, equal ones by rising id.
+    Candidates come by falling probability, equal ones by rising id. Those more than `gap` nats below the
+    first have the log-probability -inf: they are never chosen, and no guide is asked about them.
     """
     log_probs = logits.float().log_softmax(-1)  # [batch, vocabulary]
     # 1e-13 an id separates equal values and is below the distance of different ones.
     by_id = torch.arange(log_probs.shape[-1], device=log_probs.device, dtype=torch.float64) * 1e-13
     candidates = (log_probs.double() - by_id).topk(min(k, log_probs.shape[-1])).indices
-    return candidates, log_probs.gather(1, candidates)
+    log_probs = log_probs.gather(1, candidates)
+    if gap is not None:
+        log_probs = log_probs.masked_fill(log_probs < log_probs[:, :1] - gap, -torch.inf)
+    return candidates, log_probs
 
 
 def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
@@ -135,7 +172,8 @@ def choose(scores: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
     if uniforms is None:
         return scores.argmax(-1)
     cdf = scores.softmax(-1).cumsum(-1)
-    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1)  # the last candidate has the rest
+    # The last candidate that can be chosen has the rest.
+    return (cdf[:, :-1] <= uniforms[:, None]).sum(-1).minimum((scores > -torch.inf).sum(-1).clamp(min=1) - 1)
 
 
 def uniform(seed: int, method: str, prompt: str, sample: int, step: int) -> float:
@@ -188,9 +226,12 @@ def decode_wave(
         guide.begin(responses)
 
     for step in range(settings.max_new_tokens):
-        candidates, log_probs = top_candidates(logits, settings.k)  # both [batch, k]
-        rewards = guide.score(responses, candidates) if guide else torch.zeros_like(log_probs)
-        scores = log_probs.double() + method.weight * rewards.double()
+        candidates, log_probs = top_candidates(logits, settings.k, settings.candidate_gap)  # both [batch, k]
+        kept = log_probs > -torch.inf
+        asked = kept & (kept.sum(1, keepdim=True) > 1)  # one candidate needs no reward
+        about = asked if settings.candidate_gap else None  # all: nothing to look up on the device
+        rewards = guide.score(responses, candidates, about) if guide else torch.zeros_like(log_probs)
+        scores = log_probs.double() + method.weight * rewards.double().where(asked, 0)
 
         uniforms = None if method.greedy else draw_uniforms(responses, name, step, settings.seed, device)
         choice = choose(scores, uniforms)[:, None]  # [batch, 1]
@@ -198,22 +239,23 @@ def decode_wave(
         if guide and settings.trace:
             keep_trace(policy, responses, candidates, log_probs, rewards, choice)
 
-        # log pi may be -inf, a reward may not.
-        usable = rewards.isfinite().all(1, keepdim=True) & ~scores.isnan().any(1, keepdim=True)
-        ended = append_tokens(policy, responses, torch.cat([tokens, usable], 1), settings.max_new_tokens)
+        # log pi may be -inf, a reward that was asked for may not.
+        usable = (rewards.isfinite() | ~asked).all(1, keepdim=True) & ~scores.isnan().any(1, keepdim=True)
+        taken = torch.cat([tokens, usable, kept.sum(1, keepdim=True)], 1)
+        ended = append_tokens(policy, responses, taken, settings.max_new_tokens)
         yield [response for response, ends in zip(responses, ended, strict=True) if ends]
 
-        kept = [at for at, ends in enumerate(ended) if not ends]
-        if not kept:
+        going_on = [at for at, ends in enumerate(ended) if not ends]
+        if not going_on:
             return
-        if len(kept) < len(responses):
-            responses = [responses[at] for at in kept]
-            index = torch.tensor(kept, device=device)
+        if len(going_on) < len(responses):
+            responses = [responses[at] for at in going_on]
+            index = torch.tensor(going_on, device=device)
             tokens, mask = tokens[index], mask[index]
             # The layers of a spread policy lie on several devices; an index on the host suits all.
             past_key_values.batch_select_indices(index.cpu() if settings.device_map else index)
             if guide:
-                guide.keep(kept)
+                guide.keep(going_on)
 
         position_ids = mask.sum(1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)
@@ -305,15 +347,14 @@ def run_method(
     if method.chooser:
         chooser = get_reward_model(method.chooser, settings)
         responses = pick_best(responses, method.best_of, chooser, tokenizer, template, reserved)
-    steps_taken = sum(len(response.written_ids) for response in decoded.written)
     cost = Cost(
         responses=len(decoded.written),
         seconds=time.perf_counter() - started,
         tokens=sum(len(response.ids) for response in decoded.written),
         reward_calls=sum(reward_model.calls for reward_model in asked),
         reward_tokens=sum(reward_model.tokens_read for reward_model in asked),
-        steps=steps_taken,
-        candidates=steps_taken * settings.k,
+        steps=sum(len(response.written_ids) for response in decoded.written),
+        candidates=sum(response.num_candidates for response in decoded.written),
         peak_gb=peak_gb(device),
     )
 
@@ -326,72 +367,145 @@ def run_method(
 # The run
 
 
-def check_settings(settings: Settings) -> None:
-    unknown = [name for name in settings.methods if name not in METHODS]
-    if unknown:
+def name_methods(asked: list[str]) -> list[str]:
+    """Those of METHODS that were asked for, in whatever case; all of them if none was."""
+    known = {name.lower(): name for name in METHODS}
+    folded = [name.lower().replace("_", "-") for name in asked]
+    if unknown := [name for name, key in zip(asked, folded, strict=True) if key not in known]:
         fail(f"--methods knows {', '.join(METHODS)}, not {', '.join(unknown)}")
+    return list(dict.fromkeys(known[key] for key in folded)) or list(METHODS)
+
+
+def check_settings(settings: Settings) -> None:
     if settings.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fail("--device_map spreads a policy over all GPUs: start one process, without a launcher")
+    check_writable(Path(settings.output_dir))
 
 
-def settings_that_matter(settings: Settings) -> dict:
-    """Those that decide what is written for a prompt."""
-    free = ("methods", "trace", "device_map", "token_budget", "cache_gb", "overwrite")
-    return {key: value for key, value in asdict(settings).items() if key not in free}
+def dtype_name(settings: Settings) -> str:
+    """The precision that policies and guides decode in on this device."""
+    return str(choose_dtype(settings.dtype, join_processes().device)).removeprefix("torch.")
+
+
+def describe_methods(
+    methods: dict[str, Method], models: dict[str, str | None], template: str, settings: Settings
+) -> dict[str, MethodRecord]:
+    """The record of each method, as it is before it costs anything."""
+    evaluator, origin = evaluator_of(settings), Origin.of(settings, describe_device())
+    return {
+        name: MethodRecord(
+            method=method,
+            k=settings.k,
+            candidate_gap=settings.candidate_gap,
+            max_new_tokens=settings.max_new_tokens,
+            reference_policy=settings.policy,
+            evaluator=evaluator,
+            cost=Cost(responses=0, seconds=0, tokens=0, reward_calls=0, reward_tokens=0),
+            seed=settings.seed,
+            dtype=dtype_name(settings),
+            fast_attention=settings.fast_attention,
+            template=template,
+            models={model: models[model] for model in (*method.models, evaluator)},
+            origin=origin,
+        )
+        for name, method in methods.items()
+    }
+
+
+def finish_method(
+    name: str, record: MethodRecord, work: Work, prompts: list[str], settings: Settings, traced: bool
+) -> None:
+    """Decode and score what is left of a method, and write the whole of it."""
+    directory, template = Path(settings.output_dir), str(record.template)
+    scoring = [record.evaluator, record.models[str(record.evaluator)], settings.fast_attention]
+    progress = Progress(name, [record.recipe, traced], scoring, directory)
+
+    kept, steps = work.kept, work.steps
+    if kept and not work.scored:
+        evaluator = get_evaluator(str(record.evaluator), settings)
+        tokenizer, reserved = load_tokenizer(record.method.policy), record.max_new_tokens + 1
+        kept = score_again(kept, evaluator, tokenizer, template, reserved, progress, name)
+    if work.new:
+        generations, new_steps, cost = run_method(name, work.new, template, settings, progress)
+        kept = kept + generations
+        steps = steps | (dict(zip(work.new, new_steps, strict=True)) if traced else {})
+        record = record.model_copy(update={"cost": cost})
+        if is_main():
+            print(f"{name}: {cost.describe()}")
+
+    if is_main():
+        if not work.new:  # what it cost to decode, and where, is known
+            theirs = known_methods(directory)[name]
+            record = record.model_copy(update={"cost": theirs.cost, "origin": theirs.origin})
+        by_prompt = {row.prompt: row for row in kept}
+        asked = set(prompts)
+        rows = [by_prompt[prompt] for prompt in prompts] + [row for row in kept if row.prompt not in asked]
+        save_method(name, rows, steps, record, list(METHODS), directory)
+    progress.drop()
+
+
+def update_records(records: dict[str, MethodRecord], directory: Path) -> None:
+    """Set what changes no response of a method that is done: the policy of KL, a greedy one's seed."""
+    known = known_methods(directory)
+    for name, record in records.items():
+        free = {"reference_policy": record.reference_policy, "seed": record.seed}
+        known[name] = known[name].model_copy(update=free)
+    write_methods(known, directory)
 
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
+    names, directory = name_methods(settings.methods), Path(settings.output_dir)
     check_settings(settings)
     join_processes()
     prompts, references, template = load_prompts(
-        settings.dataset, settings.prompts, settings.num_prompts, settings.seed
+        settings.dataset, settings.prompts, settings.num_prompts, settings.prompt_seed, settings.policy
     )
-    methods = {name: METHODS[name](settings) for name in settings.methods or METHODS}
+    methods = {name: METHODS[name](settings) for name in names}
     models = check_models(methods, evaluator_of(settings), vars(settings))
-    matter = settings_that_matter(settings) | {"prompts_digest": digest(prompts)}
+    records = describe_methods(methods, models, template, settings)
     if is_main():
         if any(method.policy == settings.policy for method in methods.values()):
             warn_of_unused_separator(settings.policy, load_tokenizer(settings.policy), template)
-        claim_directory(matter, models, list(methods), settings.overwrite)
+        if settings.overwrite:
+            drop_results(names, directory)
 
-    dtype = str(choose_dtype(settings.dtype, join_processes().device))
     traced = {name for name, method in methods.items() if settings.trace and method.guide}
-    left = methods_left(list(methods), traced, prompts)
+    work = find_work(records, traced, prompts, directory)
+    left = [name for name in names if not work[name].is_done]
     for _, of_policy in groupby(left, key=lambda name: methods[name].policy):
         for name in of_policy:
-            identities = [models[model] for model in (*methods[name].models, evaluator_of(settings))]
-            progress = Progress(name, experiment=[matter, dtype, name in traced, identities])
-            generations, steps, cost = run_method(name, prompts, template, settings, progress)
-            if is_main():
-                record = MethodRecord(
-                    method=methods[name],
-                    k=settings.k,
-                    max_new_tokens=settings.max_new_tokens,
-                    reference_policy=settings.policy,
-                    evaluator=evaluator_of(settings),
-                    cost=cost,
-                )
-                save_method(name, generations, steps if name in traced else None, record, list(METHODS))
-                print(f"{name}: {cost.describe()}")
-            progress.drop()
+            finish_method(name, records[name], work[name], prompts, settings, name in traced)
         load_policy.cache_clear()  # the one policy goes before the other comes
 
     evaluator = get_evaluator(evaluator_of(settings), settings)
     rewards = score_references(evaluator, prompts, references, template, settings.max_new_tokens + 1)
     if is_main():
-        table = collect_rewards(list(METHODS), prompts, rewards)
-        write_text(Path(REWARDS), table.to_csv(index=False))
-        report(table, left)
+        update_records(records, directory)
+        save_references(prompts, references, rewards, directory)
+        alike = ("k", "candidate_gap", "max_new_tokens", "seed")
+        shared = {key: getattr(settings, key) for key in alike} | {"dtype": dtype_name(settings)}
+        shared |= {"template": template, "evaluator": evaluator_of(settings)}
+        shared |= {"reference_policy": settings.policy, "models": models}
+        table, left_out = collect_rewards(list(METHODS), prompts, rewards, shared, directory)
+        save_rewards(table.to_csv(index=False), directory)
+        report(table, left, left_out, directory)
 
 
-def report(table: pd.DataFrame, written: list[str]) -> None:
+def report(table: pd.DataFrame, written: list[str], left_out: dict[str, str], directory: Path) -> None:
     if written:
-        print(f"\nwrote {', '.join(str(generation_path(name)) for name in written)}")
-    print(f"wrote {REWARDS}: {len(table)} prompts, {count_processes()}; mean rewards:")
+        print(f"\nwrote {', '.join(str(generation_path(name, directory)) for name in written)}")
+    print(f"wrote {directory / REWARDS}: {len(table)} prompts, {count_processes()}; mean rewards:")
     print(table.drop(columns="prompt").mean().round(4).to_string())
-    print("next: python Evaluation/show_result.py")
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    if left_out:
+        given = shlex.join(sys.argv[1:])
+        flags = shlex.split(re.sub(r"--overwrite(=\S+|\s+(?i:true|false)\b)?", "", given))
+        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *flags, "--methods", *left_out])
+        print(f"to decode them so: {command}")
+    next_step("Evaluation/show_result.py", *([] if directory == Path() else [str(directory)]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command (without --overwrite) goes on from what is finished")

@@ -1,17 +1,15 @@
 """Rewards of finished responses: best-of-n picks by them, and every method is compared by them."""
 
-import math
-
 from progress import Progress, digest
 from responses import Response
 from transformers import PreTrainedTokenizerFast
 
-from pargs.cli import fail, is_main
+from pargs.chat import ChatPrompt
 from pargs.encoding import decode_texts, encode_prompts
 from pargs.models import RewardModel
-from pargs.processes import gather, progress_bar, split
+from pargs.processes import gather, split
 from pargs.runs import Generation
-from pargs.scoring import Continuation, encode_continuations, fit_pair, score_pairs
+from pargs.scoring import Continuation, check_reward, encode_continuations, score_finished, score_pairs
 
 
 def finished_responses(
@@ -60,7 +58,7 @@ def score_responses(
     """The responses as they are written to a file, each with its reward."""
     prompts = [response.prompt for response in responses]
     continuations = finished_responses(responses, reward_model, tokenizer)
-    rewards = score_finished(reward_model, prompts, continuations, template, reserved, label, progress)
+    rewards = score_unless_known(reward_model, prompts, continuations, template, reserved, label, progress)
     return [
         Generation(
             prompt=response.prompt,
@@ -69,9 +67,28 @@ def score_responses(
             num_tokens=len(response.ids),
             finish_reason=response.finish_reason,
             ids=response.written_ids,
+            turns=response.prompt.turns if isinstance(response.prompt, ChatPrompt) else None,
         )
         for response, continuation, reward in zip(responses, continuations, rewards, strict=True)
     ]
+
+
+def score_again(
+    rows: list[Generation],
+    reward_model: RewardModel,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    reserved: int,
+    progress: Progress,
+    label: str,
+) -> list[Generation]:
+    """Responses that were written before, with this reward model's rewards; every process does its share."""
+    own, keep_ids = split(rows), reward_model.shares_ids_with(tokenizer)
+    prompts, continuations = [row.asked for row in own], [Continuation.written(row, keep_ids) for row in own]
+    rewards = score_unless_known(reward_model, prompts, continuations, template, reserved, label, progress)
+    return gather(
+        [row.model_copy(update={"reward": reward}) for row, reward in zip(own, rewards, strict=True)]
+    )
 
 
 def score_references(
@@ -91,48 +108,28 @@ def score_references(
     return [scored.get(at) for at in range(len(prompts))]
 
 
-def score_finished(
+def score_unless_known(
     reward_model: RewardModel,
     prompts: list[str],
     continuations: list[Continuation],
     template: str,
     reserved: int,
     label: str,
-    progress: Progress | None = None,
+    progress: Progress | None,
 ) -> list[float]:
-    """Rewards of finished responses to 4 decimals, one at a time so that none depends on its batch."""
-    prompt_ids = encode_prompts(reward_model.tokenizer, prompts, template)
-    response_ids = encode_continuations(reward_model, prompts, continuations)
-    report_cut(reward_model, prompt_ids, response_ids, reserved, label)
-
-    rewards = []
-    asked = list(zip(prompts, continuations, prompt_ids, response_ids, strict=True))
-    for prompt, continuation, own_ids, continued_ids in progress_bar(asked, f"{label:<7} scores", "response"):
-        key = digest([prompt, continuation.text])
-        reward = progress.rewards.get(key) if progress else None
-        if reward is None:
-            reward = round(score_pairs(reward_model, [own_ids], [continued_ids], reserved).item(), 4)
-            check_reward(reward, prompt, reward_model)
-            if progress:
-                progress.add_reward(key, reward)
-        rewards.append(reward)
-    return rewards
-
-
-def report_cut(
-    reward_model: RewardModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    reserved: int,
-    label: str,
-) -> None:
-    """Say how many pairs, of all processes, a reward model could not read whole."""
-    pairs = zip(prompts, responses, strict=True)
-    cut = sum(gather([sum(fit_pair(reward_model, *pair, reserved) != pair for pair in pairs)]))
-    if cut and is_main():
-        print(f"{label}: {cut} pairs are longer than {reward_model.name!r} can read and were cut")
-
-
-def check_reward(reward: float, prompt: str, reward_model: RewardModel) -> None:
-    if not math.isfinite(reward):
-        fail(f"{reward_model.name!r} gives a reward of {reward} after the prompt {prompt[:200]!r}")
+    """Rewards of finished responses; those that `progress` has kept are not asked for again."""
+    texts = [continuation.text for continuation in continuations]
+    keys = [digest([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
+    known = progress.rewards if progress else {}
+    unknown = [at for at, key in enumerate(keys) if key not in known]
+    rewards = score_finished(
+        reward_model,
+        [prompts[at] for at in unknown],
+        [continuations[at] for at in unknown],
+        template,
+        reserved,
+        label,
+        progress and (lambda at, reward: progress.add_reward(keys[unknown[at]], reward)),
+    )
+    asked = dict(zip(unknown, rewards, strict=True))
+    return [asked[at] if at in asked else known[key] for at, key in enumerate(keys)]

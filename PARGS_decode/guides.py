@@ -5,6 +5,7 @@ candidate: `RereadingGuide`. A causal model that shares the policy's tokenizer k
 and reads only the token just chosen and the k candidates of a step: `CachedGuide`.
 """
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -162,11 +163,18 @@ class RereadingGuide:
     def keep(self, kept: list[int]) -> None:
         """Nothing is held for a response between two steps."""
 
-    def score(self, responses: list[Response], candidates: torch.Tensor) -> torch.Tensor:
-        """Rewards [batch, k] of each prefix continued by each candidate; `eos` says which read an EOS."""
+    def score(
+        self, responses: list[Response], candidates: torch.Tensor, asked: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rewards [batch, k] of each prefix continued by each candidate; `eos` says which read an EOS.
+
+        Of candidates that are not `asked` [batch, k] about (None: all are) the reward is NaN.
+        """
+        asked = torch.ones_like(candidates, dtype=torch.bool) if asked is None else asked
         prompts, prefixes, finished = [], [], []
-        for response, tokens in zip(responses, candidates.tolist(), strict=True):
-            for token in tokens:
+        rows = zip(responses, candidates.tolist(), asked.tolist(), strict=True)
+        for response, tokens, asked_about in rows:
+            for token in compress(tokens, asked_about):
                 ends = token in self.eos_ids
                 prompts.append(response.prompt)
                 prefixes.append(response.ids if ends else [*response.ids, token])
@@ -180,7 +188,10 @@ class RereadingGuide:
         ]
         prompt_ids = [self.prompt_ids[prompt] for prompt in prompts]
         continued = encode_continuations(self.reward_model, prompts, continuations)
-        return score_pairs(self.reward_model, prompt_ids, continued, self.reserved).view(candidates.shape)
+        rewards = torch.full(candidates.shape, torch.nan, device=candidates.device)
+        found = score_pairs(self.reward_model, prompt_ids, continued, self.reserved)
+        rewards[asked] = found.to(rewards.device)
+        return rewards
 
 
 class CachedGuide:
@@ -223,18 +234,27 @@ class CachedGuide:
         self.past_key_values.batch_select_indices(index)
 
     @torch.inference_mode()
-    def score(self, responses: list[Response], candidates: torch.Tensor) -> torch.Tensor:
-        """Rewards [batch, k]; reads the prefix's new token, then every candidate beside the others."""
+    def score(
+        self, responses: list[Response], candidates: torch.Tensor, asked: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rewards [batch, k]; reads the prefix's new token, then every candidate beside the others.
+
+        Of candidates that are not `asked` [batch, k] about (None: all are) the reward is NaN. They are read
+        all the same, unless nobody is asked about any: the prefix then waits for the next step.
+        """
+        if asked is not None and not asked.any():
+            return torch.full(candidates.shape, torch.nan, device=candidates.device)
         device, k = self.mask.device, candidates.shape[1]
         ends = torch.isin(candidates, self.eos_ids)
         eos = eos_id(self.reward_model.tokenizer)
 
-        new = [response.ids[self.num_read :] for response in responses]  # none at the first step, then one
+        # None at the first step; then one, or more where nobody was asked in between.
+        new = [response.ids[self.num_read :] for response in responses]
         parts = [torch.tensor(new, dtype=torch.long, device=device), candidates.masked_fill(ends, eos)]
         if self.eos == "always":
             parts.append(torch.full_like(candidates, eos))  # one behind each candidate
         num_new = parts[0].shape[1]
-        self.reward_model.calls += candidates.numel()
+        self.reward_model.calls += candidates.numel() if asked is None else int(asked.sum())
         self.reward_model.tokens_read += sum(part.numel() for part in parts)
 
         places = [torch.arange(num_new), torch.full((k,), num_new), torch.full((k,), num_new + 1)]
@@ -250,7 +270,8 @@ class CachedGuide:
         if num_new:
             self.last_hidden = hidden[:, num_new - 1 : num_new]
         hidden = self.choose_hidden(hidden[:, num_new:], ends)
-        return score_head(self.reward_model)(hidden).squeeze(-1).float()
+        rewards = score_head(self.reward_model)(hidden).squeeze(-1).float()
+        return rewards if asked is None else rewards.masked_fill(~asked, torch.nan)
 
     def choose_hidden(self, hidden: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Where each candidate's reward is read, [batch, k, hidden]; `hidden` holds what stands behind the

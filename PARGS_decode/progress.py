@@ -22,18 +22,23 @@ from pargs.runs import generation_path
 class Progress:
     """Append-only lines on one method's work; each process writes a file of its own and knows all.
 
-    `experiment`, all that kept work must agree in, tells lines apart that other settings left behind, say on
-    another machine's disk; what the main process calls it counts.
+    `experiment`, all that kept responses must agree in, tells lines apart that other settings left behind,
+    say on another machine's disk; `scoring` does it for rewards. What the main process calls them counts.
     """
 
-    def __init__(self, method: str, experiment: object = None):
+    def __init__(
+        self, method: str, experiment: object = None, scoring: object = None, directory: Path = Path()
+    ):
         state = PartialState()
-        self.method = method
-        self.experiment = broadcast_object_list([digest(experiment)])[0]
-        self.path = Path(f"{generation_path(method).stem}.progress-{state.process_index}.jsonl")
+        self.method, self.directory = method, directory
+        names = [digest(experiment), digest([experiment, scoring])]
+        self.experiment, self.scoring = broadcast_object_list(names)
+        stem = generation_path(method, directory).with_suffix("")
+        self.path = Path(f"{stem}.progress-{state.process_index}.jsonl")
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             found = [line for path in self.own_files() for line in read_lines(path)]
-            found = [line for line in found if line.get("experiment") == self.experiment]
+            found = [line for line in found if line.get("experiment") in (self.experiment, self.scoring)]
             found = gather(found)  # nobody writes before everybody has read
             self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.write(self.descriptor, b"\n")  # ends a line that a kill cut short
@@ -45,7 +50,9 @@ class Progress:
     def own_files(self) -> list[Path]:
         """This process's files of the last launch, also where that had more processes."""
         state = PartialState()
-        numbered = {path.stem.rpartition("-")[2]: path for path in progress_files(self.method)}
+        numbered = {
+            path.stem.rpartition("-")[2]: path for path in progress_files(self.method, self.directory)
+        }
         return [
             path
             for number, path in numbered.items()
@@ -82,15 +89,15 @@ class Progress:
             }
             for response in responses
         ]
-        self.append(lines)
+        self.append(lines, self.experiment)
 
     def add_reward(self, pair: str, reward: float) -> None:
         """Keep the reward of a finished response; `pair` is the digest of its prompt and text."""
-        self.append([{"pair": pair, "reward": reward}])
+        self.append([{"pair": pair, "reward": reward}], self.scoring)
 
-    def append(self, lines: list[dict]) -> None:
+    def append(self, lines: list[dict], experiment: str) -> None:
         """Hand the lines to the system at once: killing the process loses none of them."""
-        text = "".join(json.dumps(line | {"experiment": self.experiment}) + "\n" for line in lines)
+        text = "".join(json.dumps(line | {"experiment": experiment}) + "\n" for line in lines)
         unwritten = text.encode()
         try:
             while unwritten:
@@ -106,8 +113,8 @@ class Progress:
             path.unlink(missing_ok=True)
 
 
-def progress_files(method: str) -> list[Path]:
-    return list(Path().glob(f"{generation_path(method).stem}.progress-*.jsonl"))
+def progress_files(method: str, directory: Path = Path()) -> list[Path]:
+    return list(directory.glob(f"{generation_path(method).stem}.progress-*.jsonl"))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """The responses that are being written: how they begin, which decode together, and how a token enters."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,7 @@ class Response:
     ids: list[int] = field(default_factory=list)
     eos_id: int | None = None  # the token that ended it, which is not among `ids`
     steps: list[dict] = field(default_factory=list)  # the trace, where one is kept
+    num_candidates: int = 0  # that there were to choose from, in all steps
 
     @property
     def finish_reason(self) -> Literal["eos", "length"]:
@@ -81,15 +83,17 @@ def cache_bytes(model: PreTrainedModel) -> int:
 def append_tokens(
     policy: Policy, responses: list[Response], chosen: torch.Tensor, max_new_tokens: int
 ) -> list[bool]:
-    """Append each response's token; whether it ends. `chosen` [batch, 2]: the token, and if it is usable.
+    """Append each response's token; whether it ends. `chosen` [batch, 3]: the token, if it is usable, and
+    of how many candidates it was chosen.
 
     Here the host waits for the device, once a step (a guide that re-reads text has waited before).
     """
     ended = []
-    for response, (token, usable) in zip(responses, chosen.tolist(), strict=True):
+    for response, (token, usable, num_candidates) in zip(responses, chosen.tolist(), strict=True):
         if not usable:
             prompt = response.prompt[:200]
             fail(f"a NaN or infinite reward or log-probability came up after the prompt {prompt!r}")
+        response.num_candidates += num_candidates
         ended.append(response.append(token, policy.eos_ids, max_new_tokens))
     return ended
 
@@ -102,14 +106,17 @@ def keep_trace(
     rewards: torch.Tensor,
     choice: torch.Tensor,
 ) -> None:
-    """Add this step's candidates to each response; all but `choice` [batch, 1] are [batch, k]."""
+    """Add this step's candidates to each response; all but `choice` [batch, 1] are [batch, k].
+
+    What was left out has no log-probability, and what was not asked for no reward: None.
+    """
     columns = (tensor.tolist() for tensor in (candidates, log_probs, rewards, choice))
     for response, ids, own_log_probs, own_rewards, (chosen,) in zip(responses, *columns, strict=True):
         response.steps.append(
             {
                 "tokens": [policy.tokenizer.decode([token]) for token in ids],
-                "log_probs": [round(value, 4) for value in own_log_probs],
-                "rewards": [round(value, 4) for value in own_rewards],
+                "log_probs": [round(value, 4) if math.isfinite(value) else None for value in own_log_probs],
+                "rewards": [round(value, 4) if math.isfinite(value) else None for value in own_rewards],
                 "chosen": chosen,
             }
         )

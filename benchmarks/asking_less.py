@@ -57,11 +57,12 @@ def collect_steps(traces: list[Trace], name: str) -> Steps:
     steps = [(at, step) for at, trace in enumerate(traces) for step in trace.steps]
     if len({len(step.tokens) for _, step in steps}) != 1:
         fail(f"the trace of {name} has no steps, or not the same number of candidates at each")
-    # What JSON cannot hold is null: a log-probability may be -inf, a reward is always a number.
+    # What JSON cannot hold is null: a log-probability may be -inf, a reward is a number.
     log_probs = np.array([step.log_probs for _, step in steps], dtype=float)
     rewards = np.array([step.rewards for _, step in steps], dtype=float)
     if np.isnan(rewards).any():
-        fail(f"the trace of {name} has a candidate without a reward; make it again with `{DECODE} --trace`")
+        again = f"`{DECODE} --trace`, without --candidate_gap"
+        fail(f"the trace of {name} has a candidate without a reward; make it again with {again}")
     return Steps(
         prompts=np.array([at for at, _ in steps]),
         log_probs=np.nan_to_num(log_probs, nan=-np.inf, neginf=-np.inf),

@@ -312,7 +312,7 @@ def measure_guide(
 
     if plain and policy.model.dtype == torch.float32:
         pairs = zip(plain, written, strict=False)
-        compared = sum(assert_same_tokens(steps, ids, None, finished=False) for steps, ids in pairs)
+        compared = sum(assert_same_tokens(steps, ids) for steps, ids in pairs)
         print(f"{name}: {compared} tokens of the plain loop compared, the fast path wrote the same")
     return table
 

@@ -25,7 +25,7 @@ import themes as world
 from quality import split_words, stem, true_quality
 from tqdm import tqdm
 
-from pargs.cli import SettingsParser
+from pargs.cli import SettingsParser, run_script
 
 ROLES = sorted({r for theme in world.THEMES.values() for r in theme["people"]} | set(world.BYSTANDERS))
 DEFECTS = ("event", "people", "question", "invention", "repetition", "brevity")
@@ -374,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

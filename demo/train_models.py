@@ -52,7 +52,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from pargs.cli import parse_settings
+from pargs.cli import parse_settings, run_script
 from pargs.encoding import encode_texts
 from pargs.models import RewardModel, load_reward_model
 from pargs.prefixes import SIDES, encode_with_prefixes
@@ -525,4 +525,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

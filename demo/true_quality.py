@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from pydantic import NonNegativeInt, PositiveInt
 from quality import WEIGHTS, true_quality
 
-from pargs.cli import SettingsParser, fail, is_main, setting
+from pargs.cli import SettingsParser, fail, is_main, run_script, setting
 from pargs.figures import EDGE, GREY, PALETTE, save_figure, style_axes
 from pargs.files import DECODE, MAKE_PAIRS, check_writable, read_dataset, write_whole
 from pargs.models import is_causal, load_config
@@ -122,10 +122,10 @@ def facts_of_prompts(facts: dict[str, dict], prompts: list[str]) -> list[dict]:
 
 def read_responses(path: Path, prompts: list[str]) -> list[str]:
     """What a method wrote for the prompts, in their order."""
-    generations = read_generations(path)
-    if [generation.prompt for generation in generations] != prompts:
+    results = {generation.prompt: generation.result for generation in read_generations(path)}
+    if not results.keys() >= set(prompts):
         fail(f"{path} is of other prompts than the table of rewards; make both again with `{DECODE}`")
-    return [generation.result for generation in generations]
+    return [results[prompt] for prompt in prompts]
 
 
 def read_references(dataset: Path, prompts: list[str]) -> list[str] | None:
@@ -233,6 +233,7 @@ def find_original(method: str, run: Run, runs: list[Run]) -> Run | None:
             continue
         varied = {name: getattr(theirs.method, name) for name in ("weight", "guide_eos")}
         as_theirs = {"method": ours.method.model_copy(update=varied), "cost": theirs.cost}
+        as_theirs |= {"models": theirs.models, "origin": theirs.origin}  # of the same names
         if ours.model_copy(update=as_theirs) == theirs:
             return other
     return None
@@ -282,7 +283,10 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     def show(name: str, low: str, high: str, sign: str = "") -> list[str]:
         numbers = zip(table[name], table[low], table[high], strict=True)
         return [
-            "" if np.isnan(mean) else f"{mean:{sign}.3f} [{a:{sign}.3f}, {b:{sign}.3f}]"
+            ""
+            if np.isnan(mean)
+            # Of one prompt there is no interval.
+            else f"{mean:{sign}.3f}" + ("" if np.isnan(a) else f" [{a:{sign}.3f}, {b:{sign}.3f}]")
             for mean, a, b in numbers
         ]
 
@@ -431,4 +435,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command starts again")

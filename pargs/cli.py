@@ -1,16 +1,22 @@
 """Settings from a dataclass and the command line; a mistake of the user ends in one line, exit code 2."""
 
 import os
+import shlex
+import signal
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import field
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
 T = TypeVar("T")
+TRUTH_VALUES = ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0")  # as HfArgumentParser reads them
 PATIENCE = 5.0  # seconds in which a launcher ends the other processes of one that failed
 
 
@@ -43,6 +49,28 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def run_script(main: Callable[[], object], again: str) -> None:
+    """Run a script's `main`. Ctrl-C ends it in one line that says what starting it `again` does, exit 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the way out
+        if is_main():
+            print(f"\nstopped: {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def next_step(script: str, *arguments: str, said: str = "next") -> None:
+    """Print the command of the step that follows, as it is typed where this one was."""
+    path = os.path.relpath(Path(sys.argv[0]).absolute().parents[1] / script)
+    print(f"{said}: {shlex.join(['python', path, *arguments])}")
+
+
+def changed_flags(**flags: tuple[str, str]) -> list[str]:
+    """The flags of another script that have to be given: each is (value, the usual value)."""
+    return [word for name, (value, usual) in flags.items() if value != usual for word in (f"--{name}", value)]
+
+
 def warn(message: str) -> None:
     """Print one warning line, once a launch."""
     if is_main():
@@ -61,6 +89,17 @@ class SettingsParser(HfArgumentParser, Generic[T]):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A switch takes no word but true or false: in `--dry_run A.json` the file is another argument."""
+        words = list(sys.argv[1:] if args is None else args)
+        switches = {
+            flag for action in self._actions if action.const is True for flag in action.option_strings
+        }
+        for at, (word, following) in enumerate(zip_longest(words, words[1:], fillvalue="")):
+            if word in switches and following.lower() not in TRUTH_VALUES:
+                words[at] = f"{word}=true"
+        return super().parse_known_args(words, namespace)
 
     def print_help(self, file: Any = None) -> None:
         if is_main():

@@ -1,14 +1,18 @@
 """From text to ids, the same way in every stage.
 
 Characters of the data that spell a special token are encoded as text; only special tokens that stand in the
-prompt template itself are live.
+prompt template itself, or between the turns of a chat template, are live.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
+
+from pargs.chat import ChatPrompt, chat_pieces, chat_prompt
+from pargs.cli import fail
 
 TEMPLATE_FIELDS = ("subreddit", "title", "post")
 
@@ -50,29 +54,57 @@ def encode_cut(tokenizer: PreTrainedTokenizerFast, text: str, special_ids: set[i
     return [token for encoding in encodings for token in encoding.ids if token not in special_ids]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: list[str], template: str) -> list[list[int]]:
-    """Ids of each prompt, nothing added around it; special tokens of `template` are live."""
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], template: str
+) -> list[list[int]]:
+    """Ids of each prompt, nothing added around it; special tokens of its template are live.
+
+    A chat prompt is encoded by its turns, all others by `template`.
+    """
     pieces = [live_pieces(tokenizer, prompt, template) for prompt in prompts]
-    ids = iter(encode_texts(tokenizer, [text for parts in pieces for text in parts[::2]]))
+    ids = iter(encode_texts(tokenizer, [text for texts, _ in pieces for text in texts]))
 
     encoded = []
-    for parts in pieces:
+    for prompt, (_, special_ids) in zip(prompts, pieces, strict=True):
         prompt_ids = next(ids)
-        for special in parts[1::2]:
-            prompt_ids = prompt_ids + [tokenizer.convert_tokens_to_ids(special)] + next(ids)
-        encoded.append(prompt_ids)
+        for special_id in special_ids:
+            prompt_ids = [*prompt_ids, special_id, *next(ids)]
+        # A chat template that writes the BOS does not need the tokenizer's own.
+        start = start_ids(tokenizer) if isinstance(prompt, ChatPrompt) else []
+        doubled = bool(start) and prompt_ids[: len(start)] == start
+        encoded.append(prompt_ids[len(start) :] if doubled else prompt_ids)
     return encoded
 
 
-def live_pieces(tokenizer: PreTrainedTokenizerFast, prompt: str, template: str) -> list[str]:
-    """Split a prompt into text, live special token, text, ...: an odd number of pieces, most often one."""
+def check_chat_ids(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Exit where a chat prompt, encoded between its special tokens, has other ids than as a whole.
+
+    Some tokenizers of SentencePiece's kind write a space before every piece that is encoded alone.
+    """
+    prompt = chat_prompt(tokenizer, [{"role": "user", "content": "a b"}])
+    if prompt is None:
+        return
+    (own,), whole = encode_prompts(tokenizer, [prompt], ""), tokenizer(prompt, add_special_tokens=False)
+    if whole["input_ids"] not in (own, start_ids(tokenizer) + own):
+        fail(
+            f"the tokenizer of {name!r} writes the words between the special tokens of its chat template "
+            "in a way that is not known here; write prompts as text"
+        )
+
+
+def live_pieces(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, template: str
+) -> tuple[list[str], list[int]]:
+    """The texts of a prompt, most often one, and the ids of the live special tokens between them."""
+    if isinstance(prompt, ChatPrompt):
+        return chat_pieces(tokenizer, prompt.turns)
     own_words = template_words(template)
     special = "|".join(map(re.escape, tokenizer.all_special_tokens))
     if not special or not any(re.search(special, words) for words in own_words):
-        return [prompt]
+        return [prompt], []
     values = read_fields(prompt, template)
     if values is None:
-        return [prompt]
+        return [prompt], []
 
     pieces = [""]
     for words, value in zip(own_words, (*values, ""), strict=True):
@@ -80,7 +112,7 @@ def live_pieces(tokenizer: PreTrainedTokenizerFast, prompt: str, template: str) 
         pieces[-1] += first
         pieces += others
         pieces[-1] += value
-    return pieces
+    return pieces[::2], cast(list[int], tokenizer.convert_tokens_to_ids(pieces[1::2]))
 
 
 def read_fields(prompt: str, template: str) -> tuple[str, ...] | None:
@@ -95,9 +127,14 @@ def template_words(template: str) -> list[str]:
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: list[str]
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: list[str]
 ) -> list[list[int]]:
     """Ids of each response as they follow its prompt's ids in a decoder-only model, nothing added."""
+    # Of a chat prompt they follow what stands behind its last special token.
+    prompts = [
+        chat_pieces(tokenizer, prompt.turns)[0][-1] if isinstance(prompt, ChatPrompt) else prompt
+        for prompt in prompts
+    ]
     alone = encode_texts(tokenizer, prompts)
     together = encode_texts(
         tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)]

@@ -3,6 +3,7 @@
 Training's entries and the questions of decoding and evaluation all come from here.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 
@@ -92,7 +93,7 @@ class EncodedResponse:
 
 
 def encode_with_prefixes(
-    tokenizer: PreTrainedTokenizerFast, prompts: list[str], responses: list[str], causal: bool
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], responses: list[str], causal: bool
 ) -> list[EncodedResponse]:
     """Each response and its prefixes as decoding asks a reward model about them.
 

@@ -36,6 +36,13 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
+def describe_device() -> str:
+    """E.g. "2 processes, NVIDIA H100" or "1 process, CPU with 4 threads", for a record."""
+    if torch.cuda.is_available():
+        return f"{count_processes()}, {torch.cuda.get_device_name()}"
+    return f"{count_processes()}, CPU with {torch.get_num_threads()} threads"
+
+
 def count_processes() -> str:
     """E.g. "2 processes", for a summary."""
     number = join_processes().num_processes

@@ -2,7 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,16 @@ from pydantic import (
     model_validator,
 )
 
+from pargs.chat import ChatPrompt, Turn
 from pargs.cli import fail
 from pargs.files import DECODE, write_text
+from pargs.origin import Origin
 
 REWARDS = "baseline_results.csv"
 REFERENCE = "reference"  # the column of the human references there
+REFERENCES = "references.json"
 METHODS_FILE = "methods.json"
+REPORTS = ("average_reward.*", "results.json", "generations.html")  # of stage 5, made from a run's results
 
 # Which continuations a decoder-only guide reads with an EOS behind them.
 GuideEos = Literal["finished", "always", "never"]
@@ -99,14 +103,49 @@ class Cost(BaseModel):
 
 
 class MethodRecord(BaseModel):
-    """One method of a run: what it was, and what it cost."""
+    """One method of a run: what it was, what it cost, and where it comes from."""
 
     method: Method
     k: PositiveInt
+    candidate_gap: float | None = None  # nats below the most probable candidate; None leaves none out
     max_new_tokens: PositiveInt
     reference_policy: str  # pi_ref, from which KL is measured
     evaluator: str | None = None  # the reward model whose rewards the table holds; not in older records
     cost: Cost
+    # Not in older records.
+    seed: int | None = None  # of the sampling
+    dtype: str | None = None
+    fast_attention: bool = False
+    template: str | None = None  # of the prompts
+    models: dict[str, str | None] = {}  # a digest of the folder, or the hub's commit, of each model
+    origin: Origin | None = None
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        """All that decides what the method writes for a prompt, by name."""
+        asks = bool(self.method.guide or self.method.chooser)
+        return {
+            **self.method.model_dump(),
+            **self.model_dump(include={"k", "candidate_gap", "max_new_tokens", "dtype", "template"}),
+            "seed": None if self.method.greedy else self.seed,
+            "fast_attention": asks and self.fast_attention,
+            "models": {name: self.models.get(name) for name in self.method.models},
+        }
+
+
+def describe_changes(before: dict[str, object], now: dict[str, object]) -> list[str]:
+    """What differs between two recipes, e.g. "weight was 1.0, is 2.0"."""
+    changes = [
+        f"{key} was {before.get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if before.get(key) != value and key != "models"
+    ]
+    theirs, ours = (cast(dict, recipe.get("models", {})) for recipe in (before, now))
+    return changes + [
+        f"the model {name!r} was trained anew or replaced"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
+    ]
 
 
 class Generation(BaseModel):
@@ -118,10 +157,27 @@ class Generation(BaseModel):
     num_tokens: NonNegativeInt
     finish_reason: Literal["eos", "length"]
     ids: list[int] | None = None  # what the policy wrote, the EOS that ended it included
+    turns: list[Turn] | None = None  # of a chat prompt, from which its ids are made
+
+    @property
+    def asked(self) -> str:
+        """The prompt as it is encoded, with its turns if it has any."""
+        return ChatPrompt(self.turns) if self.turns else self.prompt
+
+
+class Reference(BaseModel):
+    """One row of `references.json`: what a human wrote, if anybody did, and its reward."""
+
+    prompt: str
+    reference: str | None
+    reward: FiniteFloat | None
 
 
 class Step(BaseModel):
-    """The candidates of one step of a guided method, the most probable first."""
+    """The candidates of one step of a guided method, the most probable first.
+
+    One that could not be chosen has no log-probability, and one that the guide was not asked about no reward.
+    """
 
     tokens: list[str]
     log_probs: list[float | None]
@@ -158,14 +214,14 @@ def trace_path(method: str, directory: Path = Path()) -> Path:
     return directory / f"trace_{file_stem(method)}.jsonl"
 
 
-def parse_json(kind: type[T], content: bytes, where: str) -> T:
-    """JSON as `kind`, or exit with one line that says `where` it is not."""
+def parse_json(kind: type[T], content: bytes, where: str, again: str = f"make it again with `{DECODE}`") -> T:
+    """JSON as `kind`, or exit with one line that says `where` it is not, and how to have it `again`."""
     try:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
-        fail(f"{where} is not what decoding writes ({at}: {first['msg']}); make it again with `{DECODE}`")
+        fail(f"{where} is not what was written there ({at}: {first['msg']}); {again}")
 
 
 def read_if_whole(kind: type[T], path: Path) -> T | None:

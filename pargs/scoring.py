@@ -1,14 +1,18 @@
 """Ask a reward model: from prompts and continuations to rewards, in batches that fit."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pargs.cli import fail
-from pargs.encoding import encode_responses, encode_texts, eos_id
+from pargs.cli import fail, is_main
+from pargs.encoding import encode_prompts, encode_responses, encode_texts, eos_id
 from pargs.models import RewardModel
+from pargs.processes import gather, progress_bar
+from pargs.runs import Generation
 
 
 @dataclass
@@ -18,6 +22,12 @@ class Continuation:
     text: str
     finished: bool
     ids: list[int] | None = None
+
+    @classmethod
+    def written(cls, row: Generation, keep_ids: bool) -> "Continuation":
+        """A response from a file, with its ids where the reward model shares them with the policy."""
+        ids = row.ids[:-1] if row.ids and row.finish_reason == "eos" else row.ids
+        return cls(row.result, True, ids if keep_ids else None)
 
 
 def encode_continuations(
@@ -80,6 +90,55 @@ def score_pairs(
             continue
         order = rest
     return rewards
+
+
+def score_finished(
+    reward_model: RewardModel,
+    prompts: list[str],
+    continuations: list[Continuation],
+    template: str,
+    reserved: int,
+    label: str,
+    keep: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Rewards of finished responses to 4 decimals, one at a time so that none depends on its batch.
+
+    `keep` is told the place and the reward of each as it comes.
+    """
+    prompt_ids = encode_prompts(reward_model.tokenizer, prompts, template)
+    response_ids = encode_continuations(reward_model, prompts, continuations)
+    report_cut(reward_model, prompt_ids, response_ids, reserved, label)
+
+    rewards = []
+    pairs = list(zip(prompts, prompt_ids, response_ids, strict=True))
+    for at, (prompt, own_ids, continued_ids) in enumerate(
+        progress_bar(pairs, f"{label:<7} scores", "response")
+    ):
+        reward = round(score_pairs(reward_model, [own_ids], [continued_ids], reserved).item(), 4)
+        check_reward(reward, prompt, reward_model)
+        if keep:
+            keep(at, reward)
+        rewards.append(reward)
+    return rewards
+
+
+def report_cut(
+    reward_model: RewardModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    reserved: int,
+    label: str,
+) -> None:
+    """Say how many pairs, of all processes, a reward model could not read whole."""
+    pairs = zip(prompts, responses, strict=True)
+    cut = sum(gather([sum(fit_pair(reward_model, *pair, reserved) != pair for pair in pairs)]))
+    if cut and is_main():
+        print(f"{label}: {cut} pairs are longer than {reward_model.name!r} can read and were cut")
+
+
+def check_reward(reward: float, prompt: str, reward_model: RewardModel) -> None:
+    if not math.isfinite(reward):
+        fail(f"{reward_model.name!r} gives a reward of {reward} after the prompt {prompt[:200]!r}")
 
 
 def micro_batch_size(lengths: list[int], token_budget: int) -> int:

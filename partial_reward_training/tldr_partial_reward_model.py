@@ -1,7 +1,8 @@
 """Train the partial reward model: Bradley-Terry on every prefix pair.
 
 Reads   summarize_from_feedback_partial/ and the reward model to start from.
-Writes  partial_reward_modeling_tldr/: model and tokenizer, and checkpoints while it trains.
+Writes  partial_reward_modeling_tldr/: model, tokenizer, a model card (README.md) and the log of the training
+        (training_log.jsonl); checkpoints while it trains.
 
 An encoder reads one entry (a pair of prefixes) at a time. A causal model scores every prefix of a response
 in one pass, so it is trained on whole comparisons: the same loss, averaged over the same entries.
@@ -29,8 +30,9 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
 
-from pargs.cli import fail, setting
+from pargs.cli import changed_flags, fail, next_step, run_script, setting
 from pargs.files import MAKE_PREFIXES, check_writable, read_dataset
+from pargs.model_card import Training
 from pargs.models import (
     check_causal_reward_model,
     check_one_label,
@@ -42,14 +44,19 @@ from pargs.prefixes import PairFrame
 from pargs.training import (
     WholeCheckpoints,
     checkpoint_to_resume,
+    evaluate_at_end,
     model_kwargs,
     parse_settings,
     save_trained,
     settle_checkpointing,
+    settle_hub,
     settle_logging,
     settle_precision,
+    start_tracking,
     starting,
 )
+
+PAIRS = "summarize_from_feedback"  # what the next stages read
 
 
 @dataclass
@@ -264,18 +271,19 @@ def load_entries_tokenizer(settings: Settings, made_for: str) -> PreTrainedToken
 
 
 def make_trainer(settings: Settings) -> RewardTrainer:
-    name = settings.model_name_or_path
-    config = load_config(name, "name a model with --model_name_or_path", settings.model_revision)
-    if any("SequenceClassification" in kind for kind in config.architectures or []):
-        check_one_label(name, config)
-    settle_checkpointing(settings, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None))
-
+    # What lies here first, then what may have to come from the hub.
     train_data, held_out, notes = load_entries(settings)
     if settings.max_length != notes["max_length"]:
         fail(
             f"{settings.dataset!r} was made with --max_length {notes['max_length']}, "
             f"not {settings.max_length}; make it anew with `{MAKE_PREFIXES}`"
         )
+
+    name = settings.model_name_or_path
+    config = load_config(name, "name a model with --model_name_or_path", settings.model_revision)
+    if any("SequenceClassification" in kind for kind in config.architectures or []):
+        check_one_label(name, config)
+    settle_checkpointing(settings, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None))
     tokenizer = load_entries_tokenizer(settings, notes["reward_model"])
     if notes["causal"]:
         trainer_class = AllPrefixRewardTrainer
@@ -313,41 +321,80 @@ def merge_adapter(folder: Path, settings: Settings) -> None:
     merged.save_pretrained(folder)
 
 
-def report(trainer: RewardTrainer, settings: Settings) -> None:
-    """Print how the model ranks held-out prefixes, before and after training, by quarter."""
-    print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
+def held_out_figures(trainer: RewardTrainer) -> tuple[list[str], dict[str, list[str]], str]:
+    """How the model ranks held-out prefixes, before and after training, by quarter; and of how many pairs."""
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
-    if evaluations and settings.eval_strategy != "no":
-        before, after = evaluations[0], evaluations[-1]
-        rows = ["accuracy", *(f"accuracy_quarter_{quarter}" for quarter in range(1, 5)), "loss"]
-        print(f"  held-out prefix pairs  step {before['step']:>6}  step {after['step']:>6}")
-        for row in rows:
-            values = (f"{log.get(f'eval_{row}', float('nan')):11.3f}" for log in (before, after))
-            print(f"  {row.replace('_', ' '):<21}", *values)
-        if after["eval_same_prefix"]:
-            counts = (int(after[f"eval_{name}"]) for name in ("ranked", "same_prefix"))
-            print("  accuracy is that of {} pairs; in {} more both prefixes are the same".format(*counts))
-    print("next: python DPO_training/GPT2_large_DPO_tldr.py")
+    if not evaluations:
+        return [], {}, ""
+    before, after = evaluations[0], evaluations[-1]
+    names = ["accuracy", *(f"accuracy_quarter_{quarter}" for quarter in range(1, 5)), "loss"]
+    figures = {
+        name.replace("_", " "): [f"{log.get(f'eval_{name}', float('nan')):.3f}" for log in (before, after)]
+        for name in names
+    }
+    counts = (int(after[f"eval_{name}"]) for name in ("ranked", "same_prefix"))
+    note = "accuracy is that of {} pairs; in {} more both prefixes are the same".format(*counts)
+    return [f"step {log['step']}" for log in (before, after)], figures, note
+
+
+def describe(trainer: RewardTrainer, settings: Settings, stated: dict[str, Any]) -> Training:
+    """What the card says of this training."""
+    columns, figures, note = held_out_figures(trainer)
+    rows = "comparisons, every prefix" if isinstance(trainer, AllPrefixRewardTrainer) else "prefix pairs"
+    return Training(
+        summary="A reward model of unfinished responses: Bradley-Terry on pairs of prefixes.",
+        library="transformers",
+        settings=stated,
+        data=f"`{settings.dataset}`: {len(cast(Dataset, trainer.train_dataset)):,} {rows}",
+        held_out_columns=columns,
+        held_out=figures,
+        held_out_note=f"On prefix pairs of validation comparisons; {note}." if note else "",
+    )
+
+
+def report(trainer: RewardTrainer, settings: Settings) -> None:
+    """Print the held-out figures, and what can be done with the model."""
+    print(f"\nwrote {settings.output_dir}/ (processes: {trainer.accelerator.num_processes})")
+    columns, figures, note = held_out_figures(trainer)
+    if figures:
+        print(f"  {'held-out prefix pairs':<21}", *(f"{column:>11}" for column in columns))
+        for name, values in figures.items():
+            print(f"  {name:<21}", *(f"{value:>11}" for value in values))
+        print(f"  {note}")
+
+    flags = changed_flags(
+        full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path),
+        partial_reward_model=(settings.output_dir, Settings.output_dir),
+    )
+    methods = ("--methods", "ARGS", "PARGS-G", "PARGS")
+    if Path(PAIRS).is_dir():
+        next_step("DPO_training/GPT2_large_DPO_tldr.py")
+        next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, said="or, without the DPO baseline")
+    else:
+        dataset = ("--dataset", "DATASET")  # what the first script wrote, wherever that is
+        next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, *dataset)
 
 
 def main() -> None:
-    settings = parse_settings(Settings, __doc__)
+    settings, stated = parse_settings(Settings, __doc__)
     settings.remove_unused_columns = False
     check_writable(Path(settings.output_dir))
     settle_logging(settings)
+    settle_hub(settings)
     checkpoint = checkpoint_to_resume(settings.resume_from_checkpoint, settings.output_dir)
-    settings.eval_on_start = settings.eval_on_start and checkpoint is None
+    settings.eval_on_start = settings.eval_on_start and settings.eval_strategy != "no" and checkpoint is None
 
     trainer = make_trainer(settings)
+    start_tracking(settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     if settings.eval_strategy != "no":
-        trainer.evaluate()
+        evaluate_at_end(trainer)
 
     merge = partial(merge_adapter, settings=settings) if settings.use_peft else None
-    save_trained(trainer, marker="config.json", finish=merge)
+    save_trained(trainer, "config.json", describe(trainer, settings, stated), finish=merge)
     if trainer.is_world_process_zero():
         report(trainer, settings)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "the same command with --resume_from_checkpoint True goes on from the last checkpoint")

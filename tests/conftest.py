@@ -11,9 +11,10 @@ from types import ModuleType
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import preference_data_process
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -33,6 +34,13 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 STAGES = ("DataProcess", "partial_reward_training", "DPO_training", "PARGS_decode", "Evaluation")
 Outcome = tuple[int, str]  # a script's exit status, and what it printed, both streams together
+
+CHAT_TEMPLATE = (  # like SmolLM2's
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 WHO = ["my sister", "my boss", "our neighbour", "my old friend", "the landlord", "my wife"]
 WHAT = [
@@ -135,6 +143,27 @@ def call_main(monkeypatch, capsys) -> Callable[..., Outcome]:
     return call
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def process(here, call_main) -> Callable[..., DatasetDict]:
+    """`process(source, ...)`: the splits that stage 1 makes of any preference dataset."""
+
+    shares = ("--validation_share", 0.2, "--test_share", 0.2)
+
+    def run(source: str, *flags: object) -> DatasetDict:
+        status, output = call_main(preference_data_process, "--source", source, *shares, *flags)
+        assert status == 0, output
+        assert [path for path in here.iterdir() if path.name.startswith(".")] == []
+        return load_from_disk("summarize_from_feedback")
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
     return [text for post in make_posts(300, 0) for text in post] + ["POST: \nTL;DR:"] * 20
@@ -142,15 +171,19 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizers(corpus, tmp_path_factory) -> dict[str, PreTrainedTokenizerFast]:
-    """A byte-level BPE, a WordPiece and a unigram tokenizer; the two others have pair encodings."""
+    """Two byte-level BPEs, one with a chat template; a WordPiece and a unigram, which have pair encodings."""
     quiet = {"show_progress": False}
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<sep>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, **quiet)
-    bpe.train_from_iterator(corpus, trainer)
+
+    def train_bpe(special: list[str]) -> Tokenizer:
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=420, special_tokens=special, initial_alphabet=alphabet, **quiet
+        )
+        bpe.train_from_iterator(corpus, trainer)
+        return bpe
 
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -177,7 +210,19 @@ def tokenizers(corpus, tmp_path_factory) -> dict[str, PreTrainedTokenizerFast]:
     roles = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
     return {
         "bpe": PreTrainedTokenizerFast(
-            tokenizer_object=bpe, eos_token="<|endoftext|>", sep_token="<sep>", model_max_length=256
+            tokenizer_object=train_bpe(["<|endoftext|>", "<sep>"]),
+            eos_token="<|endoftext|>",
+            sep_token="<sep>",
+            model_max_length=256,
+        ),
+        "chat": PreTrainedTokenizerFast(
+            tokenizer_object=train_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            pad_token="<|im_end|>",
+            unk_token="<|endoftext|>",
+            chat_template=CHAT_TEMPLATE,
+            model_max_length=256,
         ),
         "wordpiece": BertTokenizerFast(vocab=str(path / "vocab.txt"), model_max_length=256),
         "unigram": PreTrainedTokenizerFast(tokenizer_object=unigram, **roles, model_max_length=256),
@@ -206,6 +251,9 @@ def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
         "max_position_embeddings": 256,
     }
     llama = {**causal, **shape, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": eos}
+    words = tokenizers["chat"]
+    chat = {**llama, "bos_token_id": words.bos_token_id, "pad_token_id": words.eos_token_id}
+    chat |= {"vocab_size": len(words), "eos_token_id": [words.eos_token_id, words.unk_token_id]}
     encoder = {**loud, **shape, "num_attention_heads": 2, "num_labels": 1}
     deberta = {
         **encoder,
@@ -233,6 +281,12 @@ def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
             bpe,
         ),
         "llama-reward": (LlamaForSequenceClassification, LlamaConfig(**llama, num_labels=1), bpe),
+        "chat": (LlamaForCausalLM, LlamaConfig(**chat), tokenizers["chat"]),
+        "chat-reward": (
+            LlamaForSequenceClassification,
+            LlamaConfig(**chat, num_labels=1),
+            tokenizers["chat"],
+        ),
     }
     return {name: save(kind(config), words, root / name) for name, (kind, config, words) in made.items()}
 

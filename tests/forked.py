@@ -6,6 +6,7 @@ A fork server imports the libraries once; each run is a fork of it, so it can be
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def run_script(script: str, arguments: list[str], directory: Path, log: Path, en
     os.dup2(output, 2)
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment)
     os.chdir(directory)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests may ignore it
 
     path = ROOT / script
     # A script finds the helpers beside it, as where python starts it, and those of no test or other stage.

@@ -23,8 +23,8 @@ Answer = tuple[int, str, dict[str, object]]  # status, body and headers
 
 
 def quality(texts: dict, position: int) -> int:
-    """The opinion of the default judge: the number after "quality" in a summary."""
-    return int(re.search(r"quality (\d+)", texts[f"summary_{position}"]).group(1))
+    """The opinion of the default judge: the number after "quality" in a summary, or another response."""
+    return int(re.search(r"quality (\d+)", list(texts.values())[position]).group(1))
 
 
 def completion(text: str | None, finish_reason: str = "stop", refusal: str | None = None, **fields) -> Answer:
@@ -62,6 +62,7 @@ def answers(verdict: dict[str, Any], key: str) -> dict[str, Answer]:
         "web page": (200, "<html>busy</html>", {"X-Proxy": "yes"}),
         "not a completion": (200, "{}", {}),
         "prose": completion("I like the first one, 8 out of 10."),
+        "long prose": completion(f"{key}: I like the first one." + " And more." * 99),
         "refusal": completion(None),
         "cut by length": completion(text, "length"),
         "out of range": completion(json.dumps(verdict | {"score_2": 11})),

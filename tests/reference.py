@@ -2,10 +2,11 @@
 
 The policy reads its own ids; an encoder reward model reads the re-tokenised text, through its tokenizer's
 own pair encoding; a causal one reads the policy's ids, or the text where it has other ids, with its EOS where
-the response is finished.
+the response is finished, whichever of the policy's ended it.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Reference:
     reward_model: PreTrainedModel | None = None
     reward_tokenizer: PreTrainedTokenizerFast | None = None
     causal: bool = False  # decoder-only
+    as_read: Callable[[str], str] = str  # a prompt as a reward model with other ids reads it
 
     @classmethod
     def load(cls, policy: str | Path, reward_model: str | Path, causal: bool) -> "Reference":
@@ -60,13 +62,14 @@ class Reference:
         text = self.tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not self.causal:
             # As a batch of one: a single call takes an empty text for no text at all.
-            inputs = self.reward_tokenizer([prompt], [text], split_special_tokens=True, return_tensors="pt")
+            prompts = [self.as_read(prompt)]
+            inputs = self.reward_tokenizer(prompts, [text], split_special_tokens=True, return_tensors="pt")
             return self.reward_model(**inputs.to(self.reward_model.device)).logits[0, 0].item()
 
         ids = self.tokenizer(prompt)["input_ids"] + response
         if self.reward_tokenizer.get_vocab() != self.tokenizer.get_vocab():
             finished = response[-1:] == [self.tokenizer.eos_token_id]
-            ids = self.reward_tokenizer(prompt + text)["input_ids"]
+            ids = self.reward_tokenizer(self.as_read(prompt) + text)["input_ids"]
             ids += [self.reward_tokenizer.eos_token_id] * finished
         return self.reward_of_ids(ids)
 
@@ -84,16 +87,18 @@ class Reference:
         max_new_tokens: int,
         weight: float = 0.0,
         uniforms: Callable[[int], float] | None = None,
-        eos: int | None = None,
+        eos: Collection[int] = (),
         guide_eos: str = "finished",
+        gap: float = math.inf,
     ) -> list[Step]:
-        """Write one response, ended by `eos` where one is given.
+        """Write one response, ended by any of `eos`.
 
         The guide reads an EOS behind what is finished, or `guide_eos` is "always" or "never".
-        `uniforms(step)` gives the random number of a step, None decodes greedily.
+        `uniforms(step)` gives the random number of a step, None decodes greedily. Candidates more than `gap`
+        nats below the most probable are left out.
         """
         prompt_ids = self.tokenizer(prompt)["input_ids"]
-        response, steps = [], []
+        response, steps, end = [], [], self.tokenizer.eos_token_id
 
         for step in range(max_new_tokens):
             sorted_log_probs, by_probability = self.log_probs(prompt_ids + response).sort(
@@ -102,22 +107,21 @@ class Reference:
             # One more than the candidates: a token just outside the top k could have been in it.
             log_probs, tokens = sorted_log_probs[: k + 1].tolist(), by_probability[: k + 1].tolist()
 
-            scores = []
-            for token, score in zip(tokens[:k], log_probs, strict=False):
+            scores, near = [], [log_prob for log_prob in log_probs[:k] if log_prob >= log_probs[0] - gap]
+            for token, score in zip(tokens[: len(near)], near, strict=True):
                 if weight:
-                    ids = [*response, token]
-                    if guide_eos == "always" and token != eos:
-                        ids = [*ids, eos]
-                    elif guide_eos == "never" and token == eos:
-                        ids = response
+                    ids = response if token in eos else [*response, token]
+                    finished = token in eos if guide_eos == "finished" else guide_eos == "always"
+                    ids = [*ids, end] if finished else ids
                     score += weight * self.reward(prompt, ids)
                 scores.append(score)
 
             chosen, margin = pick(scores, None if uniforms is None else uniforms(step))
             if k < len(tokens):
                 margin = min(margin, log_probs[k - 1] - log_probs[k])
+            margin = min([margin, *(abs(log_probs[0] - gap - each) for each in log_probs[1:k])])
             steps.append(Step(tokens[chosen], margin))
-            if tokens[chosen] == eos:
+            if tokens[chosen] in eos:
                 break
             response.append(tokens[chosen])
         return steps
@@ -140,12 +144,11 @@ def pick(scores: list[float], uniform: float | None) -> tuple[int, float]:
     return len(scores) - 1 if chosen is None else chosen, margin
 
 
-def assert_same_tokens(steps: list[Step], tokens: list[int], eos: int | None, finished: bool) -> int:
+def assert_same_tokens(steps: list[Step], fast: list[int]) -> int:
     """The fast path wrote the reference's tokens, up to a step where another choice was as good.
 
     Returns how many steps were compared.
     """
-    fast = tokens + [eos] * finished
     for at, step in enumerate(steps):
         if at >= len(fast) or fast[at] != step.token:
             assert step.margin < 1e-4, (

@@ -57,6 +57,7 @@ def write_records(
     k: int = 2,
     max_new_tokens: int = 8,
     evaluator: str | None = None,
+    seed: int | None = None,
     costs: dict[str, Cost] | None = None,
     **methods: Method,
 ) -> None:
@@ -68,6 +69,7 @@ def write_records(
             max_new_tokens=max_new_tokens,
             reference_policy=str(reference_policy),
             evaluator=evaluator,
+            seed=seed,
             cost=(costs or {}).get(name, NO_COST),
         )
         for name, method in methods.items()

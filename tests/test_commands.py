@@ -4,21 +4,35 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import PARGS_baselines
 import pytest
-from conftest import ROOT, STAGES, assert_one_error, hub_rows, hub_test_rows, write_hub_data
+import show_result
+from conftest import (
+    ROOT,
+    STAGES,
+    assert_one_error,
+    hub_rows,
+    hub_test_rows,
+    make_posts,
+    write_hub_data,
+    write_prompts,
+)
+from datasets import load_from_disk
 from forked import run
-from PARGS_baselines import METHODS, Settings
+from PARGS_baselines import METHODS, Settings, name_methods
 from prompts import load_prompts, read_own_prompts
-from run_state import MADE_BY, check_models, claim_directory
+from run_state import MADE_BY, check_models
 from small_runs import TEMPLATE, write_dataset
 
-from pargs.runs import generation_path, read_generations
+from pargs.cli import next_step, run_script
+from pargs.runs import generation_path, read_generations, read_methods
 
 COMMANDS = r"""
 python DataProcess/tldr_data_process.py
@@ -65,7 +79,7 @@ def test_readme_has_these_commands():
     readme = (ROOT / "README.md").read_text()
     for command in COMMANDS.strip().splitlines():
         assert command in readme
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) == 11
 
 
 @pytest.mark.slow
@@ -117,6 +131,65 @@ def test_commands_run_word_for_word(small_models, tmp_path):
     assert not (tmp_path / "gpt-4-evaluations").exists()
 
 
+@pytest.mark.slow
+def test_own_data_in_five_commands(small_models, tmp_path):
+    """The README's, word for word, on a CSV of 200 rows."""
+    section = (ROOT / "README.md").read_text().partition("## Your own data")[2]
+    commands = section.partition("```bash\n")[2].partition("```")[0].strip().splitlines()
+    assert len(commands) == 5
+    rows = [
+        {"prompt": f"{ask} It is my {at}th post.", "chosen": f"ask {who}", "rejected": f"{what} and so on"}
+        for at, (ask, who, what) in enumerate(make_posts(200, 3))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    names = {"HuggingFaceTB/SmolLM2-135M-Instruct": "chat"}
+    names |= {"OpenAssistant/reward-model-deberta-v3-large": "deberta"}
+    for name, model in names.items():
+        shutil.copytree(small_models[model], tmp_path / name)
+    for command in commands:
+        done = call_readme(command, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    assert set(read_methods(tmp_path)) == {"ARGS", "PARGS-G", "PARGS", "BESTN", "TOP-K", "GREEDY"}
+    written = read_generations(generation_path("PARGS", tmp_path))
+    assert len(written) == 20 and all(row.prompt.startswith("<|im_start|>system\n") for row in written)
+    chosen = {row["prompt"]: row["chosen"] for row in rows}
+    test = load_from_disk(tmp_path / "summarize_from_feedback")["test"]
+    assert [chosen[row["turns"][0]["content"]] for row in test] == test["reference"][:]
+    table = (tmp_path / "average_reward.md").read_text()
+    assert all(f"| {method} " in table for method in ("PARGS", "BESTN", "reference"))
+
+
+@pytest.mark.slow
+def test_the_sweep_of_the_readme_ends_in_one_table(small_models, tmp_path, monkeypatch, call_main):
+    """Its lines as bash reads them, with small models; three weights by two seeds, and two more k."""
+    section = (ROOT / "README.md").read_text().partition("## Several seeds and sweeps")[2]
+    lines = section.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert len(lines) == 4
+    monkeypatch.chdir(tmp_path)
+    write_prompts(tmp_path / "own", [f"POST: {at}\nTL;DR:" for at in range(4)])
+    small = ["--policy", small_models["gpt2"], "--full_reward_model", small_models["gpt2-reward"]]
+    small += ["--partial_reward_model", small_models["bert"], "--prompts", "own", "--max_new_tokens", "6"]
+    scripts = {"PARGS_baselines.py": (PARGS_baselines, small), "show_result.py": (show_result, [])}
+    monkeypatch.setattr(show_result, "save_figure", lambda figure, path: None)
+    for line in lines:
+        say = f'python() {{ printf "%q " "$@"; echo; }}; {line}'
+        commands = subprocess.run(["bash", "-c", say], capture_output=True, text=True, check=True).stdout
+        for script, *arguments in map(shlex.split, commands.splitlines()):
+            module, more = scripts[Path(script).name]
+            status, output = call_main(module, *arguments, *more)
+            assert status == 0, output
+
+    seeds = pd.read_csv("sweep/seeds/average_reward.csv", index_col="method")
+    assert list(seeds.loc[["ARGS", "PARGS"], "runs"]) == [2, 2]
+    assert seeds.loc["ARGS", "run_std"] == 0 < seeds.loc["PARGS", "run_std"]  # ARGS is greedy
+    table = pd.read_csv("sweep/table/average_reward.csv", index_col="method")
+    rows = [(1.0, 5, 1), (1.0, 20, 1), *((w, 10, 2) for w in (0.5, 1.0, 2.0))]
+    expected = {f"ARGS (weight {w}, k {k})": runs for w, k, runs in rows}
+    assert {name: runs for name, runs in table["runs"].items() if name.startswith("ARGS")} == expected
+    assert len(table) == 11 and set(table["n"]) == {0, 4}  # nobody wrote a reference
+
+
 @pytest.fixture(scope="module")
 def spaced(tmp_path_factory) -> Path:
     """The stages in a folder with a space in its name."""
@@ -143,7 +216,11 @@ def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher
     ("script", "said"),
     [
         ("DataProcess/tldr_data_process.py", "cannot load 'openai/summarize_from_feedback'"),
-        ("DPO_training/GPT2_large_DPO_tldr.py", "cannot load"),
+        (
+            "partial_reward_training/tldr_partial_reward_model.py",
+            "make it with `python DataProcess/tldr_data_process_partial.py`",
+        ),
+        ("DPO_training/GPT2_large_DPO_tldr.py", "make it with `python DataProcess/tldr_data_process.py`"),
         ("PARGS_decode/PARGS_baselines.py", "make it with `python DataProcess/tldr_data_process.py`"),
         ("Evaluation/show_result.py", "python PARGS_decode/PARGS_baselines.py"),
     ],
@@ -151,8 +228,65 @@ def test_every_script_starts_from_a_path_with_a_space(spaced, tmp_path, launcher
 def test_what_is_missing_is_named_with_the_command(tmp_path, script, said):
     directory = tmp_path / "run"
     directory.mkdir()
-    assert_one_error(*run(script, [], directory), said)
+    status, output = run(script, [], directory)
+    assert_one_error(status, output, said)
+    assert len(output.splitlines()) == 1  # nothing of wandb, nor of a hub that was asked in vain
     assert not list(directory.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_knows_ctrl_c(script):
+    assert '\n    run_script(main, "the same command' in (ROOT / script).read_text()
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    for rank, said in (("0", "\nstopped: the same command starts again\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # this process goes on
+        with pytest.raises(SystemExit) as stopped:
+            run_script(interrupted, "the same command starts again")
+        assert stopped.value.code == 130 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [(".", "Evaluation/show_result.py"), ("runs/a b", "../../Evaluation/show_result.py 'a b'")],
+)
+def test_the_next_step_can_be_typed_where_it_is_printed(tmp_path, monkeypatch, capsys, place, step):
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "PARGS_decode/PARGS_baselines.py")])
+    next_step("Evaluation/show_result.py", *(["a b"] if place != "." else []))
+    assert capsys.readouterr().out == f"next: python {step}\n"
+
+
+def test_run_sh_says_what_to_type(tmp_path):
+    """Before it makes or starts anything."""
+    for name in ("run.sh", "environment.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def start(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["bash", "run.sh", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin"},
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    status, printed = start("--help")
+    assert status == 0 and "bash run.sh demo decode -- --seed 3" in printed and "set -e" not in printed
+    one_script = "flags go to one step that is one script (reward, dpo or decode)"
+    assert_one_error(*start("demo", "decode", "report", "--", "--seed", "3"), one_script)
+    assert_one_error(*start("demo", "--", "--seed", "3"), one_script)
+    assert_one_error(*start("demo", "decode", "--seed", "3"), "bash run.sh demo decode -- --seed 3")
+    assert_one_error(*start("demo", "decod"), "bash run.sh demo decode report")
+    assert_one_error(*start("demos"), "bash run.sh demo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.sh", "run.sh"]
 
 
 def refusal(capsys, function: Callable, *arguments: object) -> str:
@@ -233,19 +367,24 @@ def test_test_prompts_are_drawn_by_seed(tmp_path):
     assert len(draw(0)[0]) == 50
 
 
-def test_two_experiments_are_not_mixed_in_one_directory(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    claim_directory({"k": 10}, {"a": "1"}, ["ARGS"], False)
-    Path("generation_args.json").write_text("[]")
-    claim_directory({"k": 10}, {"b": "2"}, ["PARGS"], False)  # another method's model
-    assert "the model 'a' (it" in refusal(capsys, claim_directory, {"k": 10}, {"a": "3"}, ["ARGS"], False)
-    Path("decoding_settings.json").rename("elsewhere.json")
-    assert "unknown settings" in refusal(capsys, claim_directory, {"k": 10}, {}, ["ARGS"], False)
+def test_how_many_prompts(tmp_path):
+    """Not said: 100 of the test split, all of a file. Said: that many, and fewer are the first of more."""
+    write_dataset(tmp_path, test=[{"prompt": f"p{at}", "reference": " r"} for at in range(120)])
+    write_prompts(tmp_path / "own", [f"own {at}" for at in range(150)])
+    folder, own = str(tmp_path / "summarize_from_feedback"), str(tmp_path / "own")
+    counts = {None: (100, 150), 0: (120, 150), 2: (2, 2), 110: (110, 110)}
+    drawn = {count: [load_prompts(folder, file, count, 1)[0] for file in (None, own)] for count in counts}
+    assert {count: tuple(map(len, found)) for count, found in drawn.items()} == counts
+    for split, file in (drawn[2], drawn[None]):
+        assert drawn[110][0][: len(split)] == split and file == [f"own {at}" for at in range(len(file))]
 
-    Path("elsewhere.json").rename("decoding_settings.json")
-    Path("generation_pargs.json").write_text("[]")
-    claim_directory({"k": 10}, {}, ["PARGS"], True)  # the named method alone
-    assert [path.name for path in Path().glob("generation_*")] == ["generation_args.json"]
-    claim_directory({"k": 5}, {}, ["PARGS"], True)
-    assert not Path("generation_args.json").exists()
-    assert json.loads(Path("decoding_settings.json").read_text())["k"] == 5
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (["pargs", "Top_K", "ARGS", "args"], ["PARGS", "TOP-K", "ARGS"]),
+        ([], list(METHODS)),
+    ],
+)
+def test_methods_are_known_in_any_case(asked, named):
+    assert name_methods(asked) == named

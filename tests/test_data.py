@@ -43,12 +43,6 @@ def write_pairs(rows: list[dict], notes: str = json.dumps({"template": TEMPLATE}
     Path("summarize_from_feedback/processing.json").write_text(notes, errors="surrogatepass")
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # tldr_data_process.py
 
 

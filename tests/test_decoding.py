@@ -1,6 +1,8 @@
 """The fast loop against the plain reference, and every method on models small enough to enumerate."""
 
+import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 
@@ -8,7 +10,7 @@ import PARGS_baselines
 import pytest
 import torch
 from conftest import ROOT, save, write_prompts
-from final_rewards import finished_responses, pick_best, score_finished
+from final_rewards import finished_responses, pick_best
 from guides import CachedGuide, RereadingGuide, make_guide
 from PARGS_baselines import (
     METHODS,
@@ -46,7 +48,7 @@ from pargs.runs import (
     read_traces,
     trace_path,
 )
-from pargs.scoring import Continuation, fit_pair, micro_batch_size, score_pairs
+from pargs.scoring import Continuation, fit_pair, micro_batch_size, score_finished, score_pairs
 
 TEMPLATE = "POST: {post}\nTL;DR:"
 CPU = torch.device("cpu")
@@ -114,10 +116,10 @@ def decode(method: str, prompts: list[str], settings: Settings) -> list[Response
 
 
 def compare_with_reference(
-    method: str, prompts: list[str], settings: Settings, plain: Reference, eos: int | None = None
+    method: str, prompts: list[str], settings: Settings, plain: Reference, eos: Collection[int] = ()
 ) -> int:
     """Every response is the reference's, token for token; returns how many tokens were compared."""
-    how, eos = METHODS[method](settings), plain.tokenizer.eos_token_id if eos is None else eos
+    how, eos = METHODS[method](settings), eos or {plain.tokenizer.eos_token_id}
     compared = 0
     for response in decode(method, prompts, settings):
 
@@ -125,10 +127,18 @@ def compare_with_reference(
             return uniform(settings.seed, method, prompt, 0, step)
 
         uniforms = None if how.greedy else drawn
+        gap = settings.candidate_gap or math.inf
         steps = plain.write(
-            response.prompt, settings.k, settings.max_new_tokens, how.weight, uniforms, eos, how.guide_eos
+            response.prompt,
+            settings.k,
+            settings.max_new_tokens,
+            how.weight,
+            uniforms,
+            eos,
+            how.guide_eos,
+            gap,
         )
-        compared += assert_same_tokens(steps, response.ids, eos, response.finish_reason == "eos")
+        compared += assert_same_tokens(steps, response.written_ids)
     return compared
 
 
@@ -173,6 +183,39 @@ def test_where_a_guide_reads_an_eos_is_a_setting(
     same = reward_name == "deberta" or (policy_name == "gpt2" and guide_eos == "never")
     assert (written == as_trained) == same
     assert "cannot use a key-value cache" not in capsys.readouterr().err  # or the cache was not tested
+
+
+@pytest.mark.parametrize("method", ["ARGS", "PARGS", "TOP-K"])
+@pytest.mark.parametrize(
+    ("policy_name", "reward_name"), [("gpt2", "deberta"), ("words", "words-reward"), ("gpt2", "gpt2-reward")]
+)
+def test_a_gap_leaves_candidates_out(folders, prompts, reference, policy_name, reward_name, method):
+    """They are not written, and the guide is not asked about them, nor where one candidate is left."""
+    plain, settings = reference(policy_name, reward_name), make_settings(folders, policy_name, reward_name)
+    without = [response.written_ids for response in decode(method, prompts, settings)]
+    counts, written = set(), []
+    for gap in (0.05, 0.5, 4.0):
+        own = replace(settings, candidate_gap=gap, trace=True)
+        compare_with_reference(method, prompts, own, plain)
+        reward_model = get_reward_model(own.full_reward_model, own)
+        reward_model.calls = 0
+        responses = decode(method, prompts, own)
+        steps = [step for response in responses for step in response.steps]
+        kept = [[value is not None for value in step["log_probs"]] for step in steps]
+        counts |= {sum(each) for each in kept}
+        if method != "TOP-K":
+            asked = [[value is not None for value in step["rewards"]] for step in steps]
+            assert asked == [each if sum(each) > 1 else [False] * 5 for each in kept]
+            assert sum(map(sum, asked)) <= reward_model.calls <= sum(map(sum, asked)) + 100  # and the probe
+            assert sum(map(sum, kept)) == sum(response.num_candidates for response in responses)
+        written.append([response.written_ids for response in responses])
+    assert method == "ARGS" or any(each != without for each in written)  # greedy choices may all be near
+    assert method == "TOP-K" or (1 in counts and counts & {2, 3, 4})
+
+
+def test_the_last_candidate_that_is_left_has_the_rest():
+    scores = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64)
+    assert choose(scores, torch.tensor([1.0], dtype=torch.float64)).item() == 1
 
 
 def test_guides_are_chosen_by_the_reward_model(folders):

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,19 +14,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import PARGS_baselines
 import psutil
 import pytest
+import run_state
+import score_generations
+import show_result
 import torch
 from accelerate import PartialState
 from conftest import ROOT, assert_one_error, make_posts, save, write_prompts
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
-from run_state import collect_rewards, methods_left, save_method
+from run_state import collect_rewards, find_work, save_method
 from small_disk import small_disk  # noqa: F401
 from small_runs import write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
+from pargs import runs
 from pargs.runs import Cost, Generation, Method, MethodRecord, write_methods
 
 SCRIPT = "PARGS_decode/PARGS_baselines.py"
@@ -96,6 +103,7 @@ def read_records(content: bytes, costs: bool) -> list[tuple[str, dict]]:
     records = json.loads(content)
     for record in records.values():
         assert record["cost"].pop("seconds") >= 0 and record["cost"].pop("peak_gb") > 0
+        assert record.pop("origin")["versions"]["torch"] == torch.__version__
         if not costs:
             del record["cost"]
     return list(records.items())
@@ -156,6 +164,58 @@ def test_killed_runs_end_in_the_files_of_one_that_never_was(flags, whole, tmp_pa
 
 
 @pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(flags, whole, here):
+    started = Run(SCRIPT, flags, here)
+    started.wait_until(lambda: bytes_kept(here))
+    os.kill(started.process.pid, signal.SIGINT)
+    status, output = started.finish()
+    assert status == 130 and "Traceback" not in output
+    assert output.splitlines()[-1] == (
+        "stopped: the same command (without --overwrite) goes on from what is finished"
+    )
+    assert run(SCRIPT, flags, here)[0] == 0
+    assert_same_files(here, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluator", ["deberta", "gpt2-reward"])  # the table's own; and one that reads ids
+def test_scores_of_generations_are_those_of_the_table(
+    flags, copied, decode, call_main, small_models, monkeypatch, tmp_path, evaluator
+):
+    """Side by side in the result table; what is scored already is not asked for again."""
+    model = small_models[evaluator]
+    assert decode(*flags, "--evaluation_reward_model", model, "--output_dir", tmp_path / "other")[0] == 0
+    expected = pd.read_csv(tmp_path / "other/baseline_results.csv")
+    for name in (evaluator, "bert"):
+        status, output = call_main(score_generations, "--reward_model", small_models[name])
+        assert status == 0 and f"wrote scores_{name}.json: 60 rewards, 0 of them known before" in output, (
+            output
+        )
+    scores = pd.DataFrame(json.loads((copied / f"scores_{evaluator}.json").read_text())["scores"])
+    for method in (*METHODS, "reference"):
+        of_method = scores[scores["method"] == method].set_index("prompt")["reward"]
+        assert list(of_method[expected["prompt"]]) == list(expected[method]), method
+
+    monkeypatch.setattr(show_result, "save_figure", lambda figure, path: None)
+    status, output = call_main(show_result)
+    table = pd.read_csv("average_reward.csv", index_col="method")
+    assert table.loc["PARGS", f"reward_by_{evaluator}"] == pytest.approx(expected["PARGS"].mean())
+    head = (copied / "average_reward.md").read_text().splitlines()[0]
+    assert f"Reward by {evaluator}" in head and "Reward by bert" in head
+
+    assert decode(*flags, "--pargs_weight", 3)[0] == 0
+    _, output = call_main(show_result)
+    assert "PARGS: bert has scored" in output  # all but responses that another weight did not change
+    _, output = call_main(score_generations, "--reward_model", model)
+    changed = int(output.partition(" rewards, ")[2].partition(" of them known")[0])
+    assert 48 <= changed < 60
+
+    elsewhere = shutil.copytree(model, copied / "elsewhere" / Path(model).name)
+    status, output = call_main(score_generations, "--reward_model", elsewhere)
+    assert_one_error(status, output, "name another column with --name")
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_decoded_again(flags, whole, here):
     """A line that was altered comes through: it was read, not decoded anew; a torn one is decoded again."""
     started = Run(SCRIPT, flags, here)
@@ -185,20 +245,132 @@ def test_more_methods_keep_what_was_finished_but_no_trace_begins_in_the_middle(f
     assert len(traces) == 12 and all(trace["steps"] for trace in traces)
 
 
+@pytest.fixture
+def copied(whole, here) -> Path:
+    """The finished run, in the working directory."""
+    shutil.copytree(whole, here, dirs_exist_ok=True)
+    return here
+
+
 @pytest.mark.slow
-def test_other_settings_or_a_retrained_model_are_refused(flags, small_models, here, decode, tmp_path):
+def test_a_result_belongs_to_its_own_settings(flags, whole, copied, decode, small_models, tmp_path):
+    """A weight, a seed or a model concerns the methods that have it, and going back gives what was there."""
+    before = files_of(copied)
+    (copied / "average_reward.md").write_text("of the results that go")
+    status, output = decode(*flags, "--pargs_weight", 3)
+    assert status == 0 and "PARGS: decoded anew: weight was 2.0, is 3.0" in output, output
+    assert output.count("done before") == 3 and not (copied / "average_reward.md").exists()
+    changed = {name for name, content in files_of(copied).items() if content != before[name]}
+    assert changed == {"generation_pargs.json", "trace_pargs.jsonl", "baseline_results.csv", "methods.json"}
+
+    status, output = decode(*flags, "--pargs_weight", 3, "--seed", 1)
+    assert output.count("decoded anew: seed was 42, is 1") == 3 and "ARGS: done before" in output
+    assert {record["seed"] for record in json.loads((copied / "methods.json").read_text()).values()} == {1}
+    assert decode(*flags)[0] == 0
+    assert_same_files(copied, whole)
+
     guide = shutil.copytree(small_models["gpt2-reward"], tmp_path / "guide")
     flags = [*flags, "--partial_reward_model", str(guide)]
-    kill_once_something_is_kept(flags, here)
-    before = files_of(here)
-
-    assert_one_error(*decode(*flags, "--k", 4), "k (was 5, is 4)", "--overwrite")
-    assert_one_error(*decode(*flags, "--policy", small_models["llama"]), "policy (was")
+    assert decode(*flags)[0] == 0
     model = AutoModelForSequenceClassification.from_pretrained(guide)
     model.score.weight.data += 1
     model.save_pretrained(guide)
-    assert_one_error(*decode(*flags), f"the model {str(guide)!r} (it was trained anew or replaced)")
-    assert files_of(here) == before
+    status, output = decode(*flags, "--methods", "TOP-K")
+    assert status == 0 and "left out" not in output, output  # that model is not of this launch
+    status, output = decode(*flags)
+    assert f"PARGS: decoded anew: the model {str(guide)!r} was trained anew or replaced" in output
+    assert output.count("done before") == 3
+
+
+@pytest.mark.slow
+def test_more_prompts_keep_those_that_are_done(flags, whole, here, decode):
+    """And fewer take nothing away."""
+    assert decode(*flags, "--num_prompts", 5)[0] == 0
+    status, output = decode(*flags)
+    assert status == 0 and output.count("7 of 12 prompts are decoded, the others are kept") == 4, output
+    assert json.loads((here / "methods.json").read_text())["ARGS"]["cost"]["responses"] == 7
+    assert_same_files(here, whole)
+    (here / "trace_args.jsonl").unlink()
+    status, output = decode(*flags)
+    assert "ARGS: --trace decodes 12 prompts anew: their candidates were not kept" in output
+    assert_same_files(here, whole)
+
+    status, output = decode(*flags, "--num_prompts", 2)
+    assert status == 0 and output.count("done before") == 4 and "baseline_results.csv: 2 prompts" in output
+    assert decode(*flags)[0] == 0
+    assert_same_files(here, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluator", ["bert", "gpt2-reward"])  # by text, and by the policy's ids
+def test_another_evaluator_scores_and_decodes_nothing(
+    flags, copied, decode, small_models, tmp_path, monkeypatch, evaluator
+):
+    flags = [*flags, "--evaluation_reward_model", small_models[evaluator]]
+    fresh = tmp_path / "fresh"
+    assert decode(*flags, "--output_dir", fresh)[0] == 0
+    monkeypatch.setattr(PARGS_baselines, "decode_method", None)
+    status, output = decode(*flags)
+    assert status == 0 and output.count("12 responses are scored again") == 4, output
+    assert_same_files(copied, fresh, costs=True)
+
+
+@pytest.mark.slow
+def test_no_table_mixes_settings(flags, copied, decode, monkeypatch):
+    """A method of another k, or without some of the prompts, is left out; a command brings it in."""
+    status, output = decode(*flags, "--methods", "args", "--k", 4)
+    assert status == 0 and "left out: PARGS: k is 5, not 4" in output, output
+    assert header(copied) == ["prompt", "ARGS", "reference"]
+    (command,) = [line for line in output.splitlines() if line.startswith("to decode them so: ")]
+    _, _, *arguments = shlex.split(command.removeprefix("to decode them so: "))
+    assert decode(*arguments)[0] == 0
+    assert header(copied) == ["prompt", *METHODS, "reference"]
+
+    assert decode(*flags, "--methods", "TOP-K", "--num_prompts", 5, "--overwrite")[0] == 0
+    status, output = decode(*flags, "--methods", "ARGS")
+    assert "left out: TOP-K: 7 of 12 prompts are not decoded" in output
+    assert "left out: PARGS: k is 4, not 5" in output
+    assert header(copied) == ["prompt", "ARGS", "reference"]
+
+
+def header(directory: Path) -> list[str]:
+    return (directory / "baseline_results.csv").read_text().splitlines()[0].split(",")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "again"), [("PARGS", True), ("PARGS", False), ("TOP-K", False)])
+def test_a_run_stopped_while_it_saves_is_whole_after_the_next(
+    flags, whole, copied, decode, small_models, tmp_path, monkeypatch, method, again
+):
+    """Between any two files, where results of another weight and evaluator lie already."""
+    others = [*flags, "--pargs_weight", 3, "--evaluation_reward_model", small_models["bert"]]
+    others += ["--methods", method]
+    fresh = shutil.copytree(whole, tmp_path / "fresh")
+    monkeypatch.chdir(fresh)
+    assert decode(*others)[0] == 0
+    monkeypatch.chdir(copied)
+
+    write_text, stops = run_state.write_text, 0
+    for last in range(1, 8):
+        written = []
+
+        def stop_at_last(path: Path, text: str, last=last, written=written) -> None:
+            written.append(path)
+            if len(written) == last:
+                raise KeyboardInterrupt
+            write_text(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_state, "write_text", stop_at_last)
+            patch.setattr(runs, "write_text", stop_at_last)
+            try:
+                decode(*others)
+            except KeyboardInterrupt:
+                stops += 1
+        assert decode(*(others if again else flags))[0] == 0
+        assert_same_files(copied, fresh if again else whole)
+        shutil.copytree(whole, copied, dirs_exist_ok=True)
+    assert stops >= 5
 
 
 @pytest.mark.slow
@@ -237,15 +409,27 @@ def test_results_without_a_record_are_in_no_table(tmp_path, monkeypatch):
     rows = [Generation(prompt="p", result=" r", reward=1.0, num_tokens=1, finish_reason="length")]
     cost = Cost(responses=1, seconds=1, tokens=1, reward_calls=0, reward_tokens=0)
     method = Method(policy="base")
-    record = MethodRecord(method=method, k=5, max_new_tokens=8, reference_policy="base", cost=cost)
+    record = MethodRecord(
+        method=method,
+        k=5,
+        max_new_tokens=8,
+        reference_policy="base",
+        evaluator="judge",
+        cost=cost,
+        models={"base": "1", "judge": "2"},
+    )
+    shared = {"k": 5, "max_new_tokens": 8, "evaluator": "judge", "models": record.models, "seed": None}
     for name in ("ARGS", "TOP-K"):
-        save_method(name, rows, None, record, ["ARGS", "TOP-K"])
-    assert list(collect_rewards(["ARGS", "TOP-K"], ["p"], [None])) == ["prompt", "ARGS", "TOP-K", "reference"]
+        save_method(name, rows, {}, record, ["ARGS", "TOP-K"])
+    table, _ = collect_rewards(["ARGS", "TOP-K"], ["p"], [None], shared)
+    assert list(table) == ["prompt", "ARGS", "TOP-K", "reference"]
 
     write_methods({"TOP-K": record})
-    assert list(collect_rewards(["ARGS", "TOP-K"], ["p"], [None])) == ["prompt", "TOP-K", "reference"]
+    table, _ = collect_rewards(["ARGS", "TOP-K"], ["p"], [None], shared)
+    assert list(table) == ["prompt", "TOP-K", "reference"]
     PartialState(cpu=True)
-    assert methods_left(["ARGS", "TOP-K"], set(), ["p"]) == ["ARGS"]
+    work = find_work(dict.fromkeys(["ARGS", "TOP-K"], record), set(), ["p"], Path())
+    assert [name for name in work if not work[name].is_done] == ["ARGS"]
 
 
 @pytest.mark.slow

@@ -352,7 +352,7 @@ def test_runs_are_compared_with_those_of_the_same_prompts(world: Path, made: Pat
         (overwrite("demo_facts.json", "{}"), "prompt 0 of the rewards is no post"),
         (lambda run: (run / "generation_args.json").unlink(), "generation_args.json is missing"),
         (overwrite("generation_args.json", "[]"), "generation_args.json is of other prompts"),
-        (overwrite("methods.json", half), "methods.json is not what decoding writes"),
+        (overwrite("methods.json", half), "methods.json is not what was written there"),
     ],
 )
 def test_the_report_fails_clearly(world: Path, capsys, spoil, said: str) -> None:
@@ -398,6 +398,8 @@ def test_run_sh_tells_both_halves_of_the_demo_and_the_paper_alone(tmp_path: Path
         started = [line.removeprefix(f"{tmp_path}/runs/{mode}").split(" ", 2) for line in lines]
         return [(place, Path(script).stem, "".join(rest)) for place, script, *rest in started]
 
+    flagged = start("decode", "--", "--seed", "3")
+    assert flagged and all(arguments.endswith(" --seed 3") for *_, arguments in flagged)
     whole, later = start(), start("decode", "report")
     decoded = [(place, arguments) for place, script, arguments in whole if script == "PARGS_baselines"]
     assert all("--overwrite" in arguments for _, arguments in decoded)

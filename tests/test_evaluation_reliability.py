@@ -73,7 +73,7 @@ def run_directory(tmp_path, small_models) -> Path:
 
 # Bad inputs
 
-FOREIGN = "is not what decoding writes"
+FOREIGN = "is not what was written there"
 NO_DATASET = "cannot read the dataset 'summarize_from_feedback'"
 TEST_ARROW, PAIRS_ARROW = (f"summarize_from_feedback/{split}/*.arrow" for split in ("test", "validation"))
 NO_UTF8 = lambda content: content.replace(b"POST", b"\xff" * 4)  # noqa: E731

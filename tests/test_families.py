@@ -130,7 +130,7 @@ def test_a_policy_writes_the_reference_tokens(family, small_models, tokenizers, 
     assert len({len(response.prompt_ids) for response in decode("TOP-K", prompts[:4], settings)}) > 2
     eos = decode("TOP-K", prompts[:1], settings)[0].ids[3]
     get_policy(settings.policy, settings).eos_ids = {eos}
-    compared = compare_with_reference("TOP-K", prompts[:4], settings, plain, eos)
+    compared = compare_with_reference("TOP-K", prompts[:4], settings, plain, {eos})
     assert 8 <= compared < 4 * 8
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import GPT4_eval_tldr
 import pytest
-from conftest import Outcome, assert_one_error
+from conftest import ROOT, Outcome, assert_one_error
 from forked import Run
-from judge import TEMPLATE, BadReply, Question, Verdict, messages_of, parse_reply
+from judge import TEMPLATE, BadReply, Question, Verdict, messages_of, own_criteria, parse_reply
 from judge_server import JudgeServer
 from small_runs import write_generations
 from verdict_summary import summarise
@@ -21,7 +21,7 @@ from pargs.statistics import proportion
 
 KEY = "sk-test-5f2c9e1b7a"
 LOG = Path("gpt-4-evaluations/generation_a_vs_generation_b.jsonl")
-SUMMARY = LOG.with_suffix(".json")
+SUMMARY = LOG.with_name("generation_a_vs_generation_b_by_gpt-4o.json")
 A, B = "generation_a.json", "generation_b.json"
 
 
@@ -98,7 +98,7 @@ def test_every_pair_is_judged_in_both_orders_and_counted(judge):
     assert (result["input_tokens"], result["output_tokens"]) == (800, 80)
     assert result["model"] == "gpt-4o" and result["served_models"] == ["loopback-judge"]
     assert "A wins" in output and "50.0%" in output and str(SUMMARY) in output
-    assert summary(LOG.with_name("generation_b_vs_generation_a.json"))["loss"]["count"] == 2
+    assert summary(LOG.with_name("generation_b_vs_generation_a_by_gpt-4o.json"))["loss"]["count"] == 2
 
     lines = [line for line in log_lines() if line["prompt"] == "POST: story 0\nTL;DR:"]
     assert sorted(line["order"] for line in lines) == ["AB", "BA"]
@@ -138,6 +138,12 @@ def test_summaries_are_matched_by_prompt_and_a_prompt_counts_once(judge):
         _, output = judge("--base_url", server.url)
     assert outcomes() == [("p", "win"), ("q", "loss")]
     assert f"{A}: 1 further summaries of a prompt are left out" in output
+
+    write_summaries("b", [" z quality 5", " quality 10"], prompts=["p", "of another run"])
+    with JudgeServer() as server:
+        _, output = judge("--base_url", server.url)
+    assert outcomes() == [("p", "win")]
+    assert f"left out: 1 prompts that are only in {A}, 1 only in {B}" in output
 
 
 # --- replies ---
@@ -243,6 +249,22 @@ def test_a_judge_whose_reply_is_no_verdict_is_shown_examples(judge):
     shown = [parse_reply(each["content"], question()) for each in again if each["role"] == "assistant"]
     assert sorted(reply.score_1 - reply.score_2 for reply in shown) == [-7, 7]
     assert [line["attempts"] for line in log_lines()] == [2, 2]
+
+
+def test_the_first_reply_that_is_no_verdict_is_shown_at_once(judge):
+    """Shortened, once, and without the key."""
+
+    def first_prose_then_good(server, asked):
+        return "good" if server.asked[asked] else "prose" if server.requests else "long prose"
+
+    write_pairs(a=[9, 9, 9], b=[3, 3, 3])
+    with JudgeServer(first_prose_then_good) as server:
+        status, output = judge("--base_url", server.url, "--concurrency", 1)
+    assert status == 0 and KEY not in output
+    (line,) = (line for line in output.splitlines() if "unusable reply" in line)
+    assert line.startswith("warning: the first unusable reply is no verdict (") and len(line) < 400
+    assert "'Bearer [key]: I like the first one. And more." in line and "' ...; " in line
+    assert "8 out of 10" not in output  # of the second one
 
 
 def test_a_judge_without_structured_output(judge):
@@ -377,9 +399,13 @@ def test_verdicts_on_other_texts_or_by_other_judges_are_not_mixed_in(judge):
     write_pairs(a=[9, 9], b=[3, 3])
     with JudgeServer() as server:
         judge("--base_url", server.url)
-        for changes in (["--model", "another"], ["--temperature", 1]):
+        first = SUMMARY.read_bytes()
+        for changes in (["--model", "org/another:2"], ["--temperature", 1]):
             asked, output = requests_for(*changes)
             assert asked == 4 and "are not counted" in output
+            others = LOG.with_name("generation_a_vs_generation_b_by_org-another-2.json")
+            assert summary(others)["model"] == "org/another:2"  # a second judge has a file of its own
+            assert SUMMARY.read_bytes() == first or "--temperature" in changes
 
         write_pairs(a=[9, 2], b=[3, 3])  # the second summary of A has changed
         assert requests_for()[0] == 2
@@ -388,6 +414,46 @@ def test_verdicts_on_other_texts_or_by_other_judges_are_not_mixed_in(judge):
         older = [json.dumps(line | {"template": "older", "score_a": 1}) for line in log_lines()]
         LOG.write_text("\n".join(older) + "\n")  # another wording is another question
         assert requests_for()[0] == 4 and summary()["loss"]["count"] == 1
+
+
+# --- criteria ---
+
+
+def test_criteria_of_ones_own_are_another_judgement(judge, tmp_path):
+    """Dialogue, say: in other words, under other names, with verdicts and a result of their own."""
+    write_pairs(a=[9, 9], b=[3, 3])
+    criteria = tmp_path / "helpful.txt"
+    criteria.write_text("A good reply {helps}.\n")
+    named = LOG.with_name("generation_a_vs_generation_b_by_gpt-4o_helpful.json")
+    with JudgeServer(lambda server, asked: "good" if server.asked[asked] else "prose") as server:
+        flags = ["--base_url", server.url, "--concurrency", 1]
+        judge(*flags)
+        first, asked = SUMMARY.read_bytes(), len(server.requests)
+        status, output = judge(*flags, "--criteria", criteria)
+        assert status == 0 and "holds 4 verdicts on other texts" in output, output
+        again = [request["body"]["messages"] for request in server.requests[asked:]]
+        assert len(again) == 8 and SUMMARY.read_bytes() == first  # each question twice, as "prose" came first
+        assert summary(named)["template"] == own_criteria(criteria.read_text()).digest != TEMPLATE
+        assert summary(named)["criteria"] == str(criteria) and summary(named)["win"]["count"] == 2
+
+        system, *examples, user = again[1]
+        assert "\n\nA good reply {helps}.\n\n" in system["content"] and "summary" not in system["content"]
+        assert [set(json.loads(each["content"])) for each in (*examples[::2], user)] == [
+            {"prompt", "response_1", "response_2"}
+        ] * 3
+        shown = [parse_reply(each["content"], question()) for each in examples[1::2]]
+        assert sorted(reply.score_1 - reply.score_2 for reply in shown) == [-7, 7]
+
+        criteria.write_text("A good reply is short.")  # other words are another question
+        assert "4 of 4 verdicts are missing" in judge(*flags, "--criteria", criteria)[1]
+        assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+
+
+def test_criteria_for_dialogue_are_at_hand(judge):
+    write_pairs(a=[9], b=[3])
+    path = ROOT / "Evaluation/dialogue_criteria.txt"
+    status, output = judge("--criteria", path, "--dry_run")
+    assert status == 0 and path.read_text().splitlines()[0] in output
 
 
 # --- before anything is sent ---
@@ -403,10 +469,14 @@ def test_verdicts_on_other_texts_or_by_other_judges_are_not_mixed_in(judge):
         ("--timeout 0", KEY, "--timeout should be greater than 0"),
         ("--base_url localhost:8000", KEY, "--base_url must begin with http:// or https://"),
         ("--no_such_flag", KEY, "unknown arguments: --no_such_flag"),
+        ("--criteria nowhere.txt", KEY, "cannot read --criteria 'nowhere.txt'"),
+        ("--criteria empty.txt", KEY, "--criteria 'empty.txt' is empty"),
+        ("--usd_per_million_input -1", KEY, "--usd_per_million_input should be greater than or equal to 0"),
     ],
 )
 def test_a_key_or_a_flag_that_cannot_be_right(judge, flags, key, said):
     write_pairs(a=[9], b=[3])
+    Path("empty.txt").write_text("\n")
     status, output = judge(*flags.split(), key=key)
     assert_one_error(status, output, said)
     assert "sk-" not in output and not LOG.parent.exists()
@@ -421,11 +491,11 @@ def write_foreign_line() -> None:
     ("spoil", "said"),
     [
         (lambda: Path(B).unlink(), f"{B} is missing"),
-        (lambda: Path(B).write_text('[{"prompt": "p", "result": '), f"{B} is not what decoding writes"),
+        (lambda: Path(B).write_text('[{"prompt": "p", "result": '), f"{B} is not what was written there"),
         (lambda: Path(B).write_text("[]"), f"{B} holds no responses"),
         (
             lambda: write_summaries("b", [" r"], prompts=["another"]),
-            "not about the same prompts: 2 are only in the first, 1 only in the second",
+            "have no prompt in common",
         ),
         (write_foreign_line, f"{LOG}, line 1 is no verdict"),
     ],
@@ -436,6 +506,23 @@ def test_files_that_cannot_be_compared(judge, spoil, said):
     before = set(Path().rglob("*"))
     assert_one_error(*judge(), said)
     assert set(Path().rglob("*")) == before
+
+
+def test_a_file_against_itself_is_refused(judge):
+    write_pairs(a=[9], b=[3])
+    assert_one_error(*judge(files=(A, f"./{A}")), f"{A} would be judged against itself")
+
+
+def test_a_server_of_ones_own_costs_no_dollars_unless_prices_are_given(judge):
+    write_pairs(a=[9], b=[3])
+    with JudgeServer() as server:
+        own = ["--base_url", server.url]
+        assert "$" not in judge(*own, "--dry_run")[1] and "$" not in judge(*own)[1]
+        assert (
+            "$0.00 (assuming $0.00 per million tokens in and $1.00 out)"
+            in judge(*own, "--usd_per_million_output", 1)[1]
+        )
+    assert "(assuming $2.50 per million tokens in and $10.00 out)" in judge("--dry_run")[1]
 
 
 def test_a_dry_run_sends_and_writes_nothing(judge):
@@ -453,5 +540,15 @@ def test_a_dry_run_sends_and_writes_nothing(judge):
         len(json.dumps(body["response_format"])) + sum(len(m["content"]) for m in body["messages"])
         for body in bodies
     )
-    assert f"{characters // 4:,} tokens in" in output and "320 out" in output
-    assert f"${characters // 4 / 1000:.2f}" in output
+    *_, cost = output.strip().splitlines()  # what one looks for is what comes last
+    assert f"{characters // 4:,} tokens in" in cost and "320 out" in cost
+    assert f"${characters // 4 / 1000:.2f}" in cost
+
+
+@pytest.mark.parametrize("flags", [("--dry_run",), ("--dry_run", "true"), ("--dry_run=True",)])
+def test_a_switch_takes_no_file_for_its_value(call_main, flags):
+    write_pairs(a=[9], b=[3])
+    status, output = call_main(GPT4_eval_tldr, *flags, A, B)
+    assert status == 0 and "nothing was sent" in output, output
+    assert call_main(GPT4_eval_tldr, A, "--dry_run", B)[0] == 0
+    assert_one_error(*call_main(GPT4_eval_tldr, "--dry_run", "no", A, B), "OPENAI_API_KEY is not set")

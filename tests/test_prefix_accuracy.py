@@ -1,5 +1,6 @@
 """Ranking accuracy on prefixes: what the models read, how pairs are ranked, the figures and the errors."""
 
+import json
 from math import sqrt
 from pathlib import Path
 
@@ -309,7 +310,7 @@ def test_writes_both_figures_and_the_table(small_models, tmp_path, capsys, model
     last = paired.iloc[-1]
     if last["n"] == count:
         assert last["partial_only"] - last["full_only"] == partial["correct"] - full["correct"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | TABLES
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | TABLES | {"prefix_accuracy.json"}
     for name in FIGURES:
         content = (tmp_path / "out" / name).read_bytes()
         assert content.startswith(b"\x89PNG" if name.endswith("png") else b"%PDF") and len(content) > 5000
@@ -317,7 +318,7 @@ def test_writes_both_figures_and_the_table(small_models, tmp_path, capsys, model
     printed = capsys.readouterr().out
     last = table[table["percent"] == 100].iloc[0]
     assert f"{last['accuracy']:.3f} [{last['interval_low']:.3f}, {last['interval_high']:.3f}]" in printed
-    assert f"{count} of 128 ranked" in printed and "next: python" in printed
+    assert f"{count} of 128 ranked" in printed and "next: python" in printed and "nan" not in printed
 
 
 @pytest.mark.slow
@@ -332,6 +333,14 @@ def test_a_pair_too_long_for_a_model_is_left_out(small_models, tmp_path, capsys)
     assert ((table["n"] + table["same_prefix"]) == 5).all()
     said = refuse(prefix_accuracy, tmp_path, capsys, *models, "--max_length", 12)
     assert "fits into --max_length 12" in said
+
+    # A quick look does not replace the figures of more pairs.
+    quick = [*models, "--num_examples", 1, "--num_pairs", 3]
+    said = refuse(prefix_accuracy, tmp_path, capsys, *quick)
+    assert "prefix_accuracy.json is of 5 pairs, more than --num_pairs 3" in said and "--overwrite" in said
+    run_script(prefix_accuracy, tmp_path, *quick, "--overwrite")
+    record = json.loads((tmp_path / "prefix_accuracy.json").read_text())
+    assert record["num_pairs"] == 3 and set(record["models"]) == {small_models["bert"]}
 
 
 def classifier(folder: str, to: Path, num_labels: int) -> str:

@@ -1,5 +1,6 @@
 """The page of generations: its data safe in the markup, and what a browser shows of it."""
 
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -17,9 +18,12 @@ from small_runs import (
     run_script,
     trace_step,
     write_generations,
+    write_records,
     write_references,
     write_trace,
 )
+
+from pargs.runs import Method
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
@@ -68,6 +72,7 @@ def write_run(directory: Path) -> pd.DataFrame:
         for at in range(NUM_PROMPTS)
     ]
     write_trace(directory, "ARGS", steps, prompts)
+    write_records(directory, "p", ARGS=Method(policy="p", guide="r", weight=2))
     return rewards
 
 
@@ -140,6 +145,7 @@ def test_data_cannot_become_markup(run):
     assert not set("<>&\u2028\u2029") & set(embedded)
 
     data = read_page(run[0])
+    assert data["rules"] == {"ARGS": {"weight": 2, "greedy": False}}
     assert data["prompts"][ATTACKED]["prompt"] == f"POST: {ATTACK}\nTL;DR:"
     assert data["prompts"][ATTACKED]["responses"] == [f" {ATTACK}"] * 5
     assert data["prompts"][MISSING]["rewards"][2] is None
@@ -189,13 +195,22 @@ def test_renders_every_prompt_and_summary(page, run):
 
 @pytest.mark.slow
 @needs_chromium
-def test_table_notes_and_figure_on_top(page, run):
+def test_opens_on_the_summaries_with_table_notes_and_figure_folded_below(page, run):
     directory, _ = run
+    overview = page.find_element("id", "overview")
+    first = page.find_element("css selector", "article[data-prompt='0'] .response")
+    assert first.location["y"] < 300 and overview.get_property("open") is False
+    assert not page.find_element("id", "results").is_displayed()
+    legend = page.find_element("id", "legend").text
+    assert "framed the method with the highest reward for this post" in legend and "point at one" in legend
+
+    page.find_element("id", "show-results").click()
     rows = page.find_elements("css selector", "#results tr")
     table = pd.read_csv(directory / "average_reward.csv", index_col="method")
     assert [row.text.split()[0] for row in rows] == ["Method", *METHODS, "reference"]
     assert f"{table.loc['ARGS', 'mean']:.3f} ± {table.loc['ARGS', 'standard_error']:.3f}" in rows[1].text
     assert "PARGS has no reward in 1 of 100 rows (row 12)" in page.find_element("id", "notes").text
+    assert rows[0].is_displayed() and overview.location["y"] > first.location["y"]
     image = page.find_element("css selector", "#figures img")
     assert image.get_property("naturalWidth") > 500 and image.get_property("alt") == "average_reward"
 
@@ -262,14 +277,35 @@ def test_shows_the_candidates_of_a_token(page):
 
     point_at(page, tokens[1])
     box = page.find_element("id", "candidates")
-    cells = [
-        [cell.text for cell in row.find_elements("xpath", "*")] for row in box.find_elements("tag name", "tr")
-    ]
-    assert cells == [["candidate", "log p", "reward"], ["␣on␣2", "-0.13", "0.50"], ["↵", "-3.00", "–"]]
+
+    def cells() -> list[list[str]]:
+        rows = box.find_elements("tag name", "tr")
+        return [[cell.text for cell in row.find_elements("xpath", "*")] for row in rows]
+
+    names = ["candidate", "log p", "reward r", "log p + 2 r", "probability"]
+    assert cells() == [names, ["␣on␣2", "-0.13", "0.50", "0.88", "–"], ["↵", "-3.00", "–", "–", "–"]]
     assert [row.text.split()[0] for row in box.find_elements("css selector", ".chosen")] == ["␣on␣2"]
 
-    point_at(page, page.find_element("id", "count"))
-    assert not box.is_displayed()
+    point_at(page, tokens[0])  # scores of 2.75 and 4
+    share = 1 / (1 + math.exp(4 - 2.75))
+    shares = [row[4] for row in cells()[1:]]
+    assert shares == [f"{share:.1%}", f"{1 - share:.1%}"]
+    assert [row[3] for row in cells()[1:]] == ["2.75", "4.00"]
+    assert "ARGS, sampled from the softmax of the scores" in box.text
+
+    page.execute_script("data.rules.ARGS.greedy = true")
+    point_at(page, tokens[2])
+    assert [row[4] for row in cells()[1:]] == ["100.0%", "0.0%"] and "greedy" in box.text
+    page.execute_script("data.rules = {}")  # an older run's, without methods.json
+    point_at(page, tokens[0])
+    assert [len(row) for row in cells()] == [3, 3, 3]
+
+    for other in ("#count", "#legend .token"):
+        point_at(page, tokens[0])
+        assert box.is_displayed()
+        point_at(page, page.find_element("css selector", other))
+        assert not box.is_displayed()
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The result table against hand computations, from small files written here."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from policy_likelihood import Pair, encode_texts_again, response_log_probs
 from response_measures import distinct_n, rouge_l
 from run_files import index_by_prompt, read_run
+from sampled_kl import trace_log_probs
 from small_runs import (
     CSV,
     PROMPTS,
@@ -149,7 +151,7 @@ def test_runs_are_pooled_by_prompt_with_their_spread(tmp_path, report):
 def test_runs_with_other_prompts_and_methods(tmp_path, report):
     write_rewards(tmp_path / "a", ARGS=NUMBERS, PARGS=[2, 2, 2, 2])
     write_rewards(tmp_path / "b", ["new 1", "new 2"], ARGS=[5, 9])
-    table, printed = report("a", "b")
+    table, printed = report("a", "b", "--pool_anyway")
     assert (table.loc["ARGS", "n"], table.loc["ARGS", "mean"]) == (6, 4)
     assert (table.loc["PARGS", "n"], table.loc["PARGS", "runs"]) == (4, 1)
     assert table.loc["PARGS", "difference"] == -0.5
@@ -181,7 +183,7 @@ def test_equal_prompts_count_once(tmp_path, report, drawn):
     assert table.loc["PARGS", "win_rate"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert "1 of 4 rows were folded" in printed
 
-    table, printed = report("once", "mixed")
+    table, printed = report("once", "mixed", "--pool_anyway")
     assert "1 of 8 rows were folded" in printed
     assert table.loc["ARGS", "run_std"] == pytest.approx(sqrt(1.125))  # of 2.5 and 4
 
@@ -237,7 +239,7 @@ def test_who_marked_each_method(tmp_path, report):
     }
 
     def marks(*runs: str) -> dict[str, str]:
-        table, printed = report(*runs)
+        table, printed = report(*runs, "--pool_anyway")
         assert "Scored by: what the model" in printed
         rows = [line.split("|") for line in (tmp_path / "average_reward.md").read_text().splitlines()]
         at = [cell.strip() for cell in rows[0]].index("Scored by")
@@ -308,14 +310,108 @@ def test_costs_by_hand(tmp_path, report):
     table, printed = report("a", "b")
     assert list(table.loc["TOP-K", columns]) == [0, 0.25]
     assert list(table.loc["BESTN", columns]) == [pytest.approx(0.6), 0.5]
-    assert "b: no cost of BESTN: its last launch went on with an earlier one" in printed
+    assert "b: no cost of BESTN: its last launch wrote other responses than these" in printed
 
     (tmp_path / "b/methods.json").unlink()
     table, printed = report("b")
     assert not {*columns} & {*table} and "Seconds / prompt" not in printed
 
 
+# Several runs
+
+
+def write_sweep(directory: Path, drawn: tuple[float, ...] = (1.0, 3.0), evaluator: str = "judge") -> None:
+    """Two weights of ARGS by two seeds; PARGS is the same for either weight, and better with seed 2."""
+    for weight in drawn:
+        for seed in (1, 2):
+            run = directory / f"w{weight:.0f}-s{seed}"
+            write_rewards(run, ARGS=[weight + at for at in range(4)], PARGS=[seed] * 4, reference=[9] * 4)
+            methods = {
+                "ARGS": Method(policy="base", guide="full", weight=weight, greedy=True),
+                "PARGS": Method(policy="base", guide="partial", weight=2.0),
+            }
+            write_records(run, "base", evaluator=evaluator, seed=seed, **methods)
+
+
+def test_runs_of_other_settings_are_not_pooled(tmp_path, report, capsys):
+    """But those that differ in the seed of the sampling are; what differs is said by name."""
+    write_sweep(tmp_path)
+    table, _ = report("w1-s1", "w1-s2")
+    assert table.loc["PARGS", "run_std"] == pytest.approx(sqrt(0.5)) and table.loc["ARGS", "run_std"] == 0
+
+    said = refuse(show_result, tmp_path, capsys, "w1-s1", "w3-s1")
+    assert "differ in weight: 1.0 in w1-s1, 3.0 in w3-s1 (ARGS). --sweep" in said and "PARGS" not in said
+    assert report("w1-s1", "w3-s1", "--pool_anyway")[0].loc["ARGS", "mean"] == 3.5
+
+    write_sweep(tmp_path / "other", evaluator="other judge")
+    write_records(tmp_path / "w1-s2", "base", seed=2, max_new_tokens=4, ARGS=Method(policy="tuned"))
+    said = refuse(show_result, tmp_path, capsys, "w1-s1", "w1-s2", "other/w1-s1")
+    for change in (
+        "max_new_tokens: 8 in w1-s1, 4 in w1-s2",
+        "evaluator: judge in w1-s1, other judge in other",
+    ):
+        assert change in said
+    write_rewards(tmp_path / "few", PROMPTS[:3], ARGS=[1, 2, 3])
+    assert "prompts: few has 3 of the 4 of w1-s1" in refuse(show_result, tmp_path, capsys, "w1-s1", "few")
+
+
+def test_a_sweep_is_one_table(tmp_path, report, capsys):
+    """A row for each weight, pooled over seeds; what a weight does not change counts once a seed."""
+    write_sweep(tmp_path)
+    names = ["w1-s1", "w1-s2", "w3-s1", "w3-s2"]
+    table, printed = report(*names, "--sweep")
+    assert list(table.index) == ["ARGS (weight 1.0)", "ARGS (weight 3.0)", "PARGS", "reference"]
+    assert list(table["runs"]) == [2, 2, 2, 2] and list(table["mean"]) == [2.5, 4.5, 1.5, 9]
+    assert table.loc["ARGS (weight 3.0)", "difference"] == 2
+    assert table.loc["PARGS", "run_std"] == pytest.approx(sqrt(0.5))
+    assert "w3-s2: PARGS: in another run with the same seed, too; counted once" in printed
+
+    write_sweep(tmp_path, drawn=(3.0,), evaluator="other judge")
+    assert "evaluator: judge in w1-s1" in refuse(show_result, tmp_path, capsys, *names, "--sweep")
+    (tmp_path / "w1-s1/methods.json").unlink()
+    assert "does not say with what ARGS" in refuse(show_result, tmp_path, capsys, *names[:2], "--sweep")
+
+
 # What is written
+
+
+def test_the_table_as_data(tmp_path, report):
+    write_sweep(tmp_path)
+    table, printed = report("w1-s1", "w1-s2")
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert {method: row["mean"] for method, row in data["results"].items()} == table["mean"].to_dict()
+    assert data["results"]["ARGS"]["difference"] is None
+    assert data["runs"]["w1-s2"]["PARGS"]["seed"] == 2
+    assert data["origin"]["settings"]["resamples"] == 9999 and data["origin"]["versions"]["pandas"]
+    sentence = "PARGS and ARGS are not told apart by the reward: the difference is -1.000 [-2.000, +0.000]"
+    assert sentence in data["in_words"][0] and data["in_words"][0] in printed
+    assert "reference is 6.500 [5.500, 7.500] above ARGS in reward." in data["in_words"]
+
+
+def test_one_row_has_no_intervals(tmp_path, report):
+    write_rewards(tmp_path, PROMPTS[:1], ARGS=[1.5], PARGS=[2.0])
+    _, printed = report()
+    markdown = (tmp_path / "average_reward.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert rows[2].count(" 1.500 |") == rows[3].count(" +0.500 |") == 1
+    assert not [part for part in ("nan", "–]", "±") if part in "".join(rows)]
+    assert "PARGS and ARGS: too few prompts to compare." in printed
+
+
+def test_own_references_are_those_of_the_run(tmp_path, report):
+    """Written by decoding; where the dataset has more for a prompt, all of them count."""
+    write_rewards(tmp_path, ARGS=NUMBERS, reference=NUMBERS)
+    write_generations(tmp_path, "ARGS", ["a b", "c d", "e f", "g h"])
+    write_references(tmp_path, ["a b", "x"], PROMPTS[1:3])
+    own = ["a b", "a b", None, None]
+    rows = [{"prompt": p, "reference": r, "reward": r and 1.0} for p, r in zip(PROMPTS, own, strict=True)]
+    (tmp_path / "references.json").write_text(json.dumps(rows))
+    table, _ = report()
+    assert table.loc["ARGS", "rouge_l"] == pytest.approx((1 + 0 + 0) / 3)
+    run_script(show_generations, tmp_path)
+    page = read_page(tmp_path)
+    at = page["methods"].index("reference")
+    assert [each["responses"][at] for each in page["prompts"]] == ["a b", "a b", "x", None]
 
 
 def test_what_is_written(tmp_path):
@@ -323,7 +419,7 @@ def test_what_is_written(tmp_path):
     (tmp_path / CSV).write_text((tmp_path / CSV).read_text().replace("MY-OWN", "my_own & co"))
     run_script(show_result, tmp_path)
 
-    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {CSV}
+    assert {path.name for path in tmp_path.iterdir()} == OUTPUTS | {CSV, "results.json"}
     assert (tmp_path / "average_reward.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "average_reward.pdf").read_bytes().startswith(b"%PDF")
     markdown = (tmp_path / "average_reward.md").read_text(encoding="utf-8")
@@ -396,7 +492,9 @@ def pairs_of(
     return encode_texts_again(policy, index_by_prompt(rows), template, max_new_tokens=8)
 
 
-def log_probs_one_by_one(policy: Policy, prompt_ids: list[int], ids: list[int], k: int = 1) -> np.ndarray:
+def log_probs_one_by_one(
+    policy: Policy, prompt_ids: list[int], ids: list[int], k: int = 1, gap: float = np.inf
+) -> np.ndarray:
     """Both log-probabilities of each token, [2, response]: no batch, no padding, one forward pass a token."""
     found = []
     for at, token in enumerate(ids):
@@ -404,7 +502,8 @@ def log_probs_one_by_one(policy: Policy, prompt_ids: list[int], ids: list[int], 
             logits = policy.model(torch.tensor([prompt_ids + ids[:at]])).logits[0, -1]
         probabilities = logits.double().softmax(-1)
         top = probabilities.topk(k)
-        in_top = probabilities[token] / top.values.sum() * (token in top.indices.tolist())
+        near = top.values >= top.values[0] * np.exp(-gap)
+        in_top = probabilities[token] / top.values[near].sum() * (token in top.indices[near].tolist())
         found.append([float(probabilities[token].log()), float(in_top.log())])
     return np.array(found).T
 
@@ -427,6 +526,11 @@ def test_log_probs_of_a_padded_batch(small_models):
         expected = log_probs_one_by_one(policy, *pairs[at][:2], k=40)
         np.testing.assert_allclose(results[at], expected, rtol=1e-4)
     assert np.isinf(results[0][1]).any() and np.isfinite(results[0][1]).any()  # both kinds were compared
+    near = response_log_probs(policy, pairs[:2], k=40, batch_size=3, label="", gap=2.0)
+    for at in (0, 1):
+        expected = log_probs_one_by_one(policy, *pairs[at][:2], k=40, gap=2.0)
+        np.testing.assert_allclose(near[at], expected, rtol=1e-4)
+    assert any((near[at][1] != results[at][1]).any() for at in (0, 1))
     assert len(results[2][0]) == len(results[3][0]) == 0
 
 
@@ -588,6 +692,13 @@ def test_kl_from_traces_by_hand(tmp_path, report):
     assert "no KL for BESTN: the best of several samples" in printed
 
 
+def test_what_a_gap_left_out_has_no_part_in_kl():
+    left = Step(tokens=["a", "b", "c"], log_probs=[-1, -2, None], rewards=[0.5, 1, None], chosen=1)
+    sure = Step(tokens=["a", "b", "c"], log_probs=[-0.5, None, None], rewards=[None] * 3, chosen=0)
+    log_p, log_q = trace_log_probs([left, sure], Method(policy="p", guide="r", weight=2))
+    assert log_p == -2.5 and log_q == pytest.approx(np.log(0.5))  # both scores of the first are 0
+
+
 def test_a_run_without_records_has_its_table_and_page_but_no_kl(tmp_path, report):
     write_rewards(tmp_path, ARGS=NUMBERS)
     write_generations(tmp_path, "ARGS", ["b c"] * 4)
@@ -627,7 +738,7 @@ def test_pooled_runs_are_measured_by_their_own_records(tmp_path, report):
         write_generations(directory, "PARGS", ["b c"] * 4)
         write_trace(directory, "PARGS", [STEPS] * 4)
         write_records(directory, "base", PARGS=Method(policy="base", guide="partial", weight=weight))
-    table, _ = report("a", "b")
+    table, _ = report("a", "b", "--pool_anyway")
     expected = (log_q_of_steps(1.0) + log_q_of_steps(3.0)) / 2 - LOG_P
     assert table.loc["PARGS", "sampled_kl"] == pytest.approx(expected)
 

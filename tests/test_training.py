@@ -1,7 +1,10 @@
 """Stages 2 and 3: the Bradley-Terry loss, one pass over all prefixes, evaluation by quarter, DPO's inputs."""
 
+import json
 import math
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 import tldr_data_process_partial
 import tldr_partial_reward_model
 import torch
-from conftest import assert_one_error, make_posts, save
+from conftest import ROOT, assert_one_error, make_posts, save
 from datasets import load_from_disk
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from peft import PeftModel
 from prefix_entries import EntryCollator, PairCollator, expand_entries, quarter_of, sample_by_quarter
 from test_data import TEMPLATE, refuse, run_main, write_pairs
@@ -42,6 +46,23 @@ PREFIXES = "summarize_from_feedback_partial"
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def read_card(folder: Path, base: str) -> ModelCard:
+    """The card beside a model, which names its base, and what and where it was trained with."""
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.model_name == folder.name and card.data.base_model is None  # no name of the hub
+    assert "None" not in card.text.split("## Settings")[0] and f"**Base model:** `{base}`" in card.text
+    seconds = next(log["train_runtime"] for log in read_log(folder) if "train_runtime" in log)
+    assert f"**Seconds of training:** {seconds:.0f} " in card.text and "**Device:** 1 process, " in card.text
+    assert f"torch {torch.__version__}" in card.text and "trl " in card.text
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert f"pargs, commit {head.stdout.strip() or 'unknown'}" in card.text
+    return card
 
 
 def write_posts(count: int = 12) -> None:
@@ -286,6 +307,7 @@ def test_partial_reward_model_learns_and_is_saved_whole(
     flags = [*QUIET, "--model_name_or_path", small_models[reward_name], "--learning_rate", "3e-3"]
     flags += ["--eval_entries", "32", "--per_device_train_batch_size", "8"]
     flags += ["--gradient_accumulation_steps", "1", "--max_steps", "12"]
+    flags += ["--logging_steps", "4", "--seed", "7"]
     if lora:
         flags += ["--use_peft", "--lora_r", "4"]
     capsys.readouterr()
@@ -304,8 +326,28 @@ def test_partial_reward_model_learns_and_is_saved_whole(
     moved = [(parameter - before[name]).abs().max() for name, parameter in saved.named_parameters()]
     assert max(moved) > 1e-3
     shown = capsys.readouterr()
-    assert "accuracy quarter 4" in shown.out and "step     12" in shown.out
+    assert "accuracy quarter 4" in shown.out and "step 12\n" in shown.out
     assert "\r" not in shown.err  # no progress bars where there is no terminal
+
+    lines = [line for line in shown.out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == [f"step {at:>5} of 12" for at in (0, 4, 8, 12, 12)]
+    number = r"\d+\.\d{3}"
+    assert re.fullmatch(rf"step +4 .*: loss {number}, accuracy {number}, learning rate [\d.]+e-03", lines[1])
+    assert re.fullmatch(rf"step +12 .*: held-out loss {number}, accuracy {number}", lines[-1])
+    assert "{" not in shown.out
+    assert "or, without the DPO baseline: python " in shown.out
+    assert f" --full_reward_model {small_models[reward_name]}\n" in shown.out  # no other model than the usual
+
+    logs = read_log(folder)
+    before, after = (log for log in logs if "eval_loss" in log)
+    card = read_card(folder, small_models[reward_name])
+    assert card.data.library_name == "transformers"
+    for name in ("accuracy", "accuracy_quarter_1", "loss"):
+        row = f"| {name.replace('_', ' ')} | {before[f'eval_{name}']:.3f} | {after[f'eval_{name}']:.3f} |"
+        assert row in card.text
+    assert "| `seed` | `7` |" in card.text and "| `max_steps` | `12` |" in card.text
+    assert "adam_beta1" not in card.text  # as TRL has it
+    assert "`summarize_from_feedback_partial`: " in card.text and "| step 0 | step 12 |" in card.text
 
 
 def test_two_labels_wrong_tokenizer_and_missing_data_are_refused(
@@ -353,6 +395,48 @@ def test_a_model_without_gradient_checkpointing_is_trained_without(
     GPT2_large_DPO_tldr.make_trainer(settings).train()
     said = "warning: --gradient_checkpointing is switched off: OpenAIGPTLMHeadModel has none\n"
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_model_is_uploaded_once_and_whole(here, monkeypatch, small_models):
+    """After its files are in place, with a login alone; nothing of a checkpoint goes with it."""
+    make_prefix_data(monkeypatch, small_models["deberta"])
+    uploads = []
+
+    def upload(folder_path: Path, **options) -> None:
+        uploads.append((sorted(path.name for path in folder_path.iterdir()), options))
+
+    monkeypatch.setattr(training, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("https://huggingface.co/me/it"))
+    flags = ["--model_name_or_path", small_models["deberta"], "--max_steps", "1", "--save_steps", "1"]
+    flags += ["--gradient_accumulation_steps", "1", "--report_to", "none", "--eval_strategy", "no"]
+    flags += ["--use_peft", "--push_to_hub", "--hub_token", "hf_secret"]
+    run_main(tldr_partial_reward_model, monkeypatch, *flags)
+    ((files, options),) = uploads
+    assert {"README.md", "training_log.jsonl", "model.safetensors", "config.json"} <= set(files)
+    assert not [name for name in files if name.startswith(("adapter", "."))]
+    assert options["repo_id"] == "me/it" and options["token"] == "hf_secret"
+    assert {"checkpoint-*", ".*"} == set(options["ignore_patterns"])
+    assert "hf_secret" not in (here / "partial_reward_modeling_tldr/README.md").read_text()
+
+
+@pytest.mark.parametrize("module", [tldr_partial_reward_model, GPT2_large_DPO_tldr])
+def test_a_scripts_own_settings_come_first_in_its_help(call_main, module):
+    status, said = call_main(module, "--help")
+    flags = re.findall(r"^  --(\w+)", said, flags=re.MULTILINE)
+    own = [name for name in flags if name in module.Settings.__annotations__]
+    assert status == 0 and flags[:3] == ["model_name_or_path", "dataset", "output_dir"]
+    assert said.count("\n  --dataset DATASET ") == 1 and "--weight_decay" in said
+    assert own == list(module.Settings.__annotations__)
+    assert flags.index("report_to") < flags.index("weight_decay")
+
+
+def test_settings_can_be_read_from_a_file(here, monkeypatch):
+    Path("settings.yaml").write_text("learning_rate: 3e-4\neval_entries: 12\n")
+    monkeypatch.setattr(sys, "argv", ["train", "--config=settings.yaml", "--eval_entries", "8"])
+    settings, stated = training.parse_settings(Settings, None)
+    assert (settings.learning_rate, settings.eval_entries) == (3e-4, 8)
+    assert stated["learning_rate"] == 3e-4 and stated["report_to"] == "wandb"
+    assert [*stated] == [name for name in stated if name in Settings.__annotations__]
 
 
 def test_old_flags_and_unsupported_precision(capsys, monkeypatch):
@@ -423,7 +507,16 @@ def test_dpo_adapter_is_saved_and_loads(here, monkeypatch, small_models, capsys)
     adapted = AutoModelForCausalLM.from_pretrained(folder).eval()
     base = AutoModelForCausalLM.from_pretrained(small_models["gpt2"]).eval()
     assert (adapted(ids).logits - base(ids).logits).abs().max() > 1e-3
-    assert "wrote GPT2_large_tldr_DPO/" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "wrote GPT2_large_tldr_DPO/" in said
+    assert re.search(r"next: python .*/PARGS_decode/PARGS_baselines.py --policy \S+/gpt2\n", said)
+
+    held_out = read_log(folder)[-1]
+    figures = held_out["eval_rewards/accuracies"], held_out["eval_loss"]
+    assert "held-out:  loss {1:.3f}, accuracy {0:.3f}".format(*figures) in said
+    card = read_card(folder, small_models["gpt2"])
+    assert card.data.library_name == "peft" and "12 comparisons" in card.text
+    assert "| accuracy | {:.3f} |\n| loss | {:.3f} |".format(*figures) in card.text
     merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-4)
 

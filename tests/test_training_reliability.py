@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from forked import Run, run
 from safetensors.torch import load_file
 from small_disk import small_disk  # noqa: F401
 from test_data import refuse
-from test_training import PREFIXES, make_prefix_data
+from test_training import PREFIXES, make_prefix_data, read_log
 from tldr_partial_reward_model import Settings, make_trainer
 
 from pargs import training
@@ -86,9 +85,10 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(
     """Weights bit by bit, and every logged number, with dropout on; the order of the data, too."""
     flags = flags_for(script, small_models[model], "--save_steps", "2", steps=40)
     whole, killed = (shutil.copytree(data["deberta"], tmp_path / name) for name in ("whole", "killed"))
-    _, said = run(script, flags, whole)
-    pause = 2 / 40 * float(re.search(r"'train_runtime': '([\d.]+)'", said)[1])
+    assert run(script, flags, whole)[0] == 0
     output = OUTPUT[script]
+    (runtime,) = (log["train_runtime"] for log in read_log(whole / output) if "train_runtime" in log)
+    pause = 2 / 40 * runtime
 
     moments = random.Random(7)
     for _ in range(kills):
@@ -297,6 +297,9 @@ def test_a_pickle_of_weights_is_read_with_one_warning(here, small_models, tmp_pa
         (DPO, "gpt2", "--use_peft False", "--use_peft must stay on"),
         (DPO, "gpt2", "--lora_target_modules none", "Target modules none not found"),
         (DPO, "gpt2", "--output_dir /proc/nothing", "'/proc/nothing'"),
+        (REWARD, "deberta", "--config missing.yaml", "cannot read the settings of --config: "),
+        (DPO, "gpt2", "--config", "--config needs a YAML file"),
+        (DPO, "gpt2", "--push_to_hub", "--push_to_hub needs a login"),
         (REWARD, "deberta", "--trust_remote_code", "--trust_remote_code stays off"),
         (DPO, "gpt2", '--model_init_kwargs {"weights_only":false}', "weights_only stays on"),
     ],

@@ -22,6 +22,7 @@ from pargs.statistics import mcnemar
 
 TASKS = {
     "relevance": "Relevance: a post's human summary\nagainst another post's",
+    "hh": "Dialogue (HH): the answer\nthat a human preferred",
     "judged": "TL;DR: the summary\nthat a human preferred",
 }
 READINGS = {

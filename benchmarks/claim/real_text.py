@@ -1,12 +1,13 @@
 """Measure the paper's claim on real text: small pretrained models, human preferences, human summaries.
 
-Reads   a policy, an encoder and two sources of real text, each a hub name or a local folder.
+Reads   a policy, an encoder and three sources of real text, each a hub name or a local folder.
 Writes  in --output_dir: pair datasets, reward models of every kind and seed, decoded runs, and a JSON of each
         piece; then the tables and figures of docs/claim.md, to --docs_dir.
 
-Two questions are put to a reward model, each by pairs of responses to one prompt:
+Three questions are put to a reward model, each by pairs of responses to one prompt:
 
   relevance  a post's human summary against another post's; the truth is known
+  hh         which answer of a dialogue a human preferred
   judged     which summary of a post a human preferred
 
 For each, a model of whole responses (`full`) and one of all prefixes (`partial`) are trained on the same
@@ -33,8 +34,9 @@ from prefix_accuracy import PERCENTAGES
 from pydantic import PositiveInt
 from real_figures import report
 from real_models import freeze, prefix_rewards, read_questions, train_evaluator, train_top, tune_policy
+from sources import load_source
 from study import Piece, run_pieces, run_stage
-from tldr_data_process import format_prompt, format_response, load_source
+from tldr_data_process import format_prompt, format_response
 
 from pargs.cli import parse_settings, setting
 from pargs.encoding import encode_texts
@@ -45,14 +47,15 @@ from pargs.scoring import score_pairs
 
 TRAINING_SEEDS = (1, 2, 3)
 SAMPLING_SEEDS = (11, 12)
-TASKS = ("relevance", "judged")
+TASKS = ("relevance", "judged", "hh")
 RATE = 5e-5
-EPOCHS = {"relevance": 1, "judged": 2}
-LONGEST = 512  # tokens of a prompt and a response
+EPOCHS = {"relevance": 1, "judged": 2, "hh": 2}
+LONGEST = {"hh": 256}  # tokens of a prompt and a response, else 512
 NUM_POSTS = {"test": 50, "validation": 100, "train": 400, "evaluator": 240}
 OTHERS = {"train": 3, "validation": 4, "evaluator": 5}  # other posts' summaries for each post
 MOST_PAIRS = 4000  # to train on: the frozen outputs of all of a hub's dataset fit nowhere
 NEW_TOKENS = 48
+GAPS: tuple[float | None, ...] = (None, 3.0, 2.0)
 NUM_OTHER_POSTS = 9  # that a response is held against
 
 
@@ -62,6 +65,7 @@ class Settings:
     encoder: str = setting("sentence-transformers/all-MiniLM-L6-v2", "Start of the evaluator.")
     comparisons: str = setting("openai/summarize_from_feedback", "Judged summaries.")
     test_posts: str = setting("CarperAI/openai_summarize_tldr", "Posts with human summaries.")
+    dialogues: str = setting("Anthropic/hh-rlhf", "Judged answers.")
     output_dir: str = setting("runs/real_text", "Where data, models and results go.")
     docs_dir: str = setting("docs/claim", "Where tables and figures go.")
     workers: PositiveInt = setting(2, "Pieces that run side by side, one thread each.")
@@ -119,9 +123,19 @@ def pair_posts(posts: list[tuple[str, str]], others: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def make_dialogues(dialogues: str, output: Path) -> None:
+    script, shares = (
+        "DataProcess/preference_data_process.py",
+        ("--validation_share", 0.17, "--test_share", 0.02),
+    )
+    source = ("--source", dialogues, "--split", "test")
+    run_stage(script, output.parent, *source, *shares, "--output", output)
+
+
 def encode(dataset: Path, start: str, output: Path) -> None:
     """Stage 1's second script, with every pair that is short enough."""
-    counts = ("--num_comparisons", MOST_PAIRS, "--num_validation_comparisons", 400, "--max_length", LONGEST)
+    longest = LONGEST.get(dataset.name, 512)
+    counts = ("--num_comparisons", MOST_PAIRS, "--num_validation_comparisons", 400, "--max_length", longest)
     script = "DataProcess/tldr_data_process_partial.py"
     run_stage(
         script, output.parent, "--dataset", dataset, "--reward_model", start, *counts, "--output", output
@@ -222,6 +236,8 @@ def plan(settings: Settings) -> list[Piece]:
         ),
     ]
     for task in TASKS:
+        if task == "hh":
+            pieces.append(Piece(data / task, make_dialogues, (here(settings.dialogues), data / task)))
         encoded, frozen = data / f"{task}-encoded", data / f"{task}-frozen.safetensors"
         pieces.append(Piece(encoded, encode, (data / task, policy_start, encoded), (data / task,)))
         pieces.append(Piece(frozen, freeze, (encoded, policy_start, frozen), (encoded,)))
@@ -272,6 +288,14 @@ def decoding_pieces(
         for sampling_seed in SAMPLING_SEEDS:
             sampled = ("--methods", "PARGS", "--seed", sampling_seed)
             run(f"sampled-s{seed}-{sampling_seed}", *guides, *sampled, needs=(full, partial))
+
+    # What truncation alone does to samples, for docs/benchmarks.md: one seed of each.
+    full, partial = (models / f"relevance-{kind}-s1" for kind in ("full", "partial"))
+    guides = ("--full_reward_model", full, "--partial_reward_model", partial)
+    sampled = ("--methods", "TOP-K", "PARGS", "BESTN", "--best_of", 4, "--seed", SAMPLING_SEEDS[0])
+    for gap in GAPS:
+        rule = ("--candidate_gap", gap) if gap else ()
+        run(f"gap-{gap or 'none'}", *guides, *sampled, *rule, needs=(full, partial))
     return pieces
 
 
