@@ -80,7 +80,9 @@ def read_conversations(row: Mapping[str, Any], index: int, layout: Layout) -> Pr
     # A prompt that is text repeats what both conversations begin with.
     if layout.prompt and not isinstance(read_cell(row, layout.prompt, index), str):
         prompt = read_messages(row, layout.prompt, index)
-        both |= {"prompt": prompt} if prompt else {}
+        # Whole conversations repeat it, too; of answers alone it is what stands before them.
+        repeated = all(messages[: len(prompt)] == prompt for messages in both.values())
+        both |= {} if repeated else {"prompt": prompt}
 
     apart = maybe_extract_prompt(both)
     if any([message["role"] for message in apart[side]] != ["assistant"] for side in SIDES):

@@ -4,7 +4,7 @@ import gzip
 import json
 import zlib
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -29,7 +29,10 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
     A folder is read into `cache_dir`: the user's cache tells folders apart by their names alone, and would
     give one run's rows to another, or the rows as they were before the files changed.
     """
-    where = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
+    where: dict[str, Any] = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
+    kinds = {path.suffix for path in Path(name).rglob("*")} if where else set()
+    if ".csv" in kinds and not kinds & {".parquet", ".json", ".jsonl", ".arrow"}:
+        where["keep_default_na"] = False  # an answer may well read "NA"
     try:
         return load_dataset(name, config, **where)
     except SOURCE_ERRORS as error:

@@ -13,6 +13,7 @@ from pargs.cli import fail
 
 NOTES = "processing.json"
 MAKE_PAIRS = "python DataProcess/tldr_data_process.py"
+MAKE_OWN_PAIRS = "python DataProcess/preference_data_process.py --source FILE"
 MAKE_PREFIXES = "python DataProcess/tldr_data_process_partial.py"
 TRAIN_PARTIAL = "python partial_reward_training/tldr_partial_reward_model.py"
 TRAIN_DPO = "python DPO_training/GPT2_large_DPO_tldr.py"
@@ -78,7 +79,8 @@ def read_template(path: str | Path) -> str:
 
 def fail_to_read(path: str | Path, error: Exception | str, made_by: str) -> NoReturn:
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    fail(f"cannot read the dataset {str(path)!r} ({reason}); make it with `{made_by}`")
+    own = f", or from your own pairs with `{MAKE_OWN_PAIRS}`" if made_by == MAKE_PAIRS else ""
+    fail(f"cannot read the dataset {str(path)!r} ({reason}); make it with `{made_by}`{own}")
 
 
 def check_writable(directory: Path) -> None:

@@ -38,6 +38,12 @@ def ultrafeedback(prompt: str, *answers: str) -> dict:
     return row | {"messages": row["chosen"]}
 
 
+def repeated(*texts: str) -> dict:
+    """The prompt as messages, and conversations that begin with it."""
+    row = ultrafeedback(*texts)
+    return {"prompt": row["chosen"][:1], "chosen": row["chosen"], "rejected": row["rejected"]}
+
+
 def implicit(*texts: str) -> dict:
     row = ultrafeedback(*texts)
     return {side: row[side] for side in ("chosen", "rejected")}
@@ -94,6 +100,7 @@ def all_pairs(data: DatasetDict) -> list[tuple[str, str]]:
         ("folder/train-0.parquet", standard, "{}", []),
         ("saved", standard, "{}", []),
         ("own.parquet", conversational, "Human: {}\n\nAssistant:", []),
+        ("own.jsonl", repeated, "Human: {}\n\nAssistant:", []),
         ("own.json", implicit, "Human: {}\n\nAssistant:", []),
         ("own.parquet", ultrafeedback, "Human: {}\n\nAssistant:", []),
         ("own.jsonl", dialogue, "\n\nHuman: {}\n\nAssistant:", []),
@@ -129,6 +136,13 @@ def test_columns_have_the_names_that_are_given_and_cells_stay_text(process):
     assert {(f" {asked}.50", " NA") for asked in train["prompt"]} == {
         (row["rejected"], row["chosen"]) for row in train
     }
+
+
+def test_an_answer_in_a_folder_of_csv_files_may_read_na(process):
+    Path("folder").mkdir()
+    rows = [standard(f"Why, {at}?", "NA", "null") for at in range(10)]
+    pd.DataFrame(rows).to_csv("folder/train.csv", index=False)
+    assert {(row["chosen"], row["rejected"]) for row in process("folder")["train"]} == {(" NA", " null")}
 
 
 # Splits

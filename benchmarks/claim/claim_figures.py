@@ -220,23 +220,28 @@ def draw_ranking(accuracy: pd.DataFrame) -> Figure:
             "partial few": "partial, 4 lengths of more, at equal cost",
         },
     }
+    accuracy = accuracy.rename(columns={"low": "accuracy_low", "high": "accuracy_high"})
     for axes, (kind, labels) in zip(panels, shown.items(), strict=True):
-        for at, (label, name) in enumerate(labels.items()):
-            rows = accuracy[(accuracy["kind"] == kind) & (accuracy["label"] == label)]
-            x, colour = rows["percent"] + 0.9 * (at - 1), COLOURS[label]
-            axes.vlines(x, rows["low"], rows["high"], color=colour, alpha=0.45, linewidth=2.4)
-            axes.plot(x, rows["accuracy"], "o-", color=colour, linewidth=1.6, label=name, **EDGE)
-        axes.axhline(0.5, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
         title = "Decoder-only" if kind == "decoder-only" else "Encoder, always asked as if finished"
-        style_axes(axes, title, "part of the response seen")
-        axes.set_xticks(range(10, 101, 10), [f"{percent}%" for percent in range(10, 101, 10)])
+        draw_readings(axes, accuracy[accuracy["kind"] == kind], "accuracy", labels, title)
         axes.legend(frameon=False, fontsize=8.5, loc="lower right")
     panels[0].set_ylim(0.38, 0.82)  # room for the legends
     panels[0].set_ylabel("chosen prefix scores above the rejected one")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     note = "held-out pairs whose prefixes differ; mean of 3 training seeds; bars: 95% bootstrap over pairs"
     figure.supxlabel(note, fontsize=8.5, color="#555555")
     return figure
+
+
+def draw_readings(axes: Axes, accuracy: pd.DataFrame, value: str, names: dict[str, str], title: str) -> None:
+    """How well each of `names` (label: what it is called) ranks prefixes, against the part seen."""
+    for at, (label, name) in enumerate(names.items()):
+        rows = accuracy[accuracy["label"] == label]
+        beside = rows["percent"] + 0.9 * (at - 1)  # so that no interval hides another
+        draw_curve(axes, beside, rows, value, COLOURS[label], "o-", name)
+    axes.axhline(0.5, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
+    style_axes(axes, title, "part of the response seen")
+    axes.set_xticks(range(20, 101, 20), [f"{percent}%" for percent in range(20, 101, 20)])
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
 
 
 # 2. The frontier

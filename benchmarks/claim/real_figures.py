@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from claim_figures import COLOURS, compare, describe
+from claim_figures import COLOURS, compare, describe, draw_readings
 from datasets import load_from_disk
 from matplotlib.figure import Figure
 from rouge_score.rouge_scorer import RougeScorer
@@ -116,17 +116,9 @@ def draw_ranking(accuracy: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(max(5.5, 4.2 * len(tasks)), 4.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        for at, (label, name) in enumerate(names.items()):
-            rows = accuracy[(accuracy["task"] == task) & (accuracy["label"] == label)]
-            x, colour = rows["percent"] + 0.9 * (at - 1), COLOURS[label]
-            axes.vlines(x, rows["right_low"], rows["right_high"], color=colour, alpha=0.45, linewidth=2.4)
-            axes.plot(x, rows["right"], "o-", color=colour, linewidth=1.6, label=name, **EDGE)
-        axes.axhline(0.5, color="#444444", linewidth=1, linestyle=(0, (4, 3)))
-        style_axes(axes, TASKS[task], "part of the response seen")
+        draw_readings(axes, accuracy[accuracy["task"] == task], "right", names, TASKS[task])
         axes.title.set_fontsize(10)
-        axes.set_xticks(range(20, 101, 20), [f"{percent}%" for percent in range(20, 101, 20)])
     panels[0].set_ylabel("chosen prefix scores above the rejected one")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(tasks))
     return figure

@@ -306,7 +306,6 @@ def here(name: str) -> str:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = Path(settings.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     run_pieces(plan(settings), settings.workers, out / "seconds.json")

@@ -209,6 +209,8 @@ def use_one_thread() -> None:
 
 def run_pieces(pieces: list[Piece], workers: int, log: Path) -> None:
     """Do what is not done yet, `workers` pieces at a time, each as soon as it is possible."""
+    # Also of the stages that pieces start. A GPU would train some reward models in bf16 and others not.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     left = [piece for piece in pieces if not piece.output.exists()]
     seconds = json.loads(log.read_text()) if log.exists() else {}
     running: dict[Future[float], Piece] = {}
@@ -236,12 +238,9 @@ def run_pieces(pieces: list[Piece], workers: int, log: Path) -> None:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
-    # Of the pieces: a GPU would train some reward models in bf16 and others not.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = Path(settings.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     run_pieces(plan(out), settings.workers, out / "seconds.json")
-
     report(out, Path(settings.docs_dir))
 
 
