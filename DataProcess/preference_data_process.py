@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template
 
 from pargs.chat import ANSWER, chat_prompt
-from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.cli import changed_flags, fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import check_chat_ids
 from pargs.models import load_tokenizer
 from pargs.prefixes import SIDES
@@ -237,7 +237,8 @@ def main() -> None:
     for split, rows in splits.items():
         print(f"  {split:<10} {len(rows):>7} rows")
     print(f"  dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items()) or 'none'}")
-    next_step("DataProcess/tldr_data_process_partial.py")
+    flags = changed_flags(dataset=(settings.output, Settings.output))
+    next_step("DataProcess/tldr_data_process_partial.py", *flags)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,12 @@ def read_conversations(row: Mapping[str, Any], index: int, layout: Layout) -> Pr
     both = {side: read_messages(row, getattr(layout, side), index) for side in SIDES}
     if not all(both.values()):
         return Preference(dropped="empty answer")
-    # A prompt that is text repeats what both conversations begin with.
-    if layout.prompt and not isinstance(read_cell(row, layout.prompt, index), str):
+    cell = layout.prompt and read_cell(row, layout.prompt, index)
+    asked = any(message["role"] == "user" for messages in both.values() for message in messages)
+    if isinstance(cell, str) and not asked:
+        both |= {"prompt": [question(cell)]}
+    # Else a prompt that is text repeats what both conversations begin with.
+    elif layout.prompt and not isinstance(cell, str):
         prompt = read_messages(row, layout.prompt, index)
         # Whole conversations repeat it, too; of answers alone it is what stands before them.
         repeated = all(messages[: len(prompt)] == prompt for messages in both.values())

@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +31,9 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
     give one run's rows to another, or the rows as they were before the files changed.
     """
     where: dict[str, Any] = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
-    kinds = {path.suffix for path in Path(name).rglob("*")} if where else set()
-    if ".csv" in kinds and not kinds & {".parquet", ".json", ".jsonl", ".arrow"}:
+    kinds = Counter(Path(path.name.removesuffix(".gz")).suffix for path in Path(name).rglob("*"))
+    rows = {kind: kinds[kind] for kind in (".csv", ".parquet", ".json", ".jsonl") if kinds[kind]}
+    if where and rows and max(rows, key=lambda kind: rows[kind]) == ".csv":  # as `load_dataset` chooses
         where["keep_default_na"] = False  # an answer may well read "NA"
     try:
         return load_dataset(name, config, **where)

@@ -21,7 +21,7 @@ from dataset_files import save_dataset, workspace
 from datasets import Dataset, DatasetDict
 from sources import UnusableRow, is_text_or_none, load_source
 
-from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.cli import changed_flags, fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import TEMPLATE_FIELDS, read_fields, template_words
 from pargs.processes import hide_bars_in_logs
 
@@ -209,7 +209,8 @@ def main() -> None:
     for split, rows in processed.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped[split].items()) or "none"
         print(f"  {split:<10} {len(rows):>7} rows (dropped: {reasons})")
-    next_step("DataProcess/tldr_data_process_partial.py")
+    flags = changed_flags(dataset=(settings.output, Settings.output))
+    next_step("DataProcess/tldr_data_process_partial.py", *flags)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerFast
 
 from pargs.chat import with_turns
-from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.cli import changed_flags, fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.encoding import encode_prompts
 from pargs.files import MAKE_PAIRS, read_dataset
 from pargs.models import check_eos, is_causal, load_config, load_tokenizer, longest_input
@@ -233,7 +233,12 @@ def main() -> None:
         print(f"\nwrote {settings.output}/ for {settings.reward_model}")
         for split in counts:
             print(summary_line(split, pairs[split], entries[split]))
-    next_step("partial_reward_training/tldr_partial_reward_model.py")
+    flags = changed_flags(
+        dataset=(settings.output, Settings.output),
+        model_name_or_path=(settings.reward_model, Settings.reward_model),
+        max_length=(str(settings.max_length), str(Settings.max_length)),
+    )
+    next_step("partial_reward_training/tldr_partial_reward_model.py", *flags)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ The key is read from OPENAI_API_KEY. With --base_url, any chat-completions serve
 import asyncio
 import json
 import os
-import random
 import re
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,13 @@ def match(file_a: Path, file_b: Path) -> list[Pair]:
 
 
 def draw(pairs: list[Pair], settings: Settings) -> list[Pair]:
-    """`num_prompts` of the pairs in their order; asking for more later keeps those judged before."""
-    shuffled = random.Random(settings.seed).sample(range(len(pairs)), len(pairs))
-    return [pairs[i] for i in sorted(shuffled[: settings.num_prompts or None])]
+    """`num_prompts` of the pairs in their order.
+
+    Which ones depends on each prompt alone: asking for more, or decoding more, keeps those judged before.
+    """
+    drawn = sorted(pairs, key=lambda pair: blake2b(json.dumps([settings.seed, pair[0]]).encode()).digest())
+    chosen = {prompt for prompt, _, _ in drawn[: settings.num_prompts or None]}
+    return [pair for pair in pairs if pair[0] in chosen]
 
 
 def questions_about(pair: Pair, criteria: Criteria, settings: Settings) -> list[Question]:

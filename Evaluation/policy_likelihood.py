@@ -125,8 +125,8 @@ def response_log_probs(
     Returns:
         per pair, two arrays of shape [len(response)]: under the policy, and under top-k sampling of it
         (renormalised over the k likeliest tokens, of these over those within `gap` nats of the first if it
-        is given, -inf for a token outside them). Both are empty where
-        the pair does not fit into the policy's context.
+        is given, -inf for a token outside them). Both are empty where the pair does not fit into the
+        policy's context.
     """
     lengths = [len(pair.prompt_ids) + len(pair.response_ids) for pair in pairs]
     fitting = [

@@ -18,10 +18,10 @@ def facts_of(run: Run, method: str) -> Facts:
     """All that a method's record says of how it decoded and was scored, but for the seed."""
     record = run.methods[method]
     named = record.method.model_dump(exclude={"policy", "guide", "chooser"})
-    named |= record.model_dump(
-        include={"k", "candidate_gap", "max_new_tokens", "template", "dtype", "fast_attention"}
-    )
+    named |= record.model_dump(include={"k", "max_new_tokens", "template", "dtype", "fast_attention"})
+    # Where a record says None of these, it is older than they are; of the gap it says that there is none.
     facts: Facts = {name: (value, str(value)) for name, value in named.items() if value is not None}
+    facts["candidate_gap"] = (record.candidate_gap, str(record.candidate_gap or "none"))
     own = record.method
     models = {"policy": own.policy, "guide": own.guide, "chooser": own.chooser, "evaluator": record.evaluator}
     for role, name in models.items():
@@ -83,9 +83,11 @@ def note_unknown(runs: dict[str, Run]) -> None:
 
 
 def seed_of(run: Run, method: str) -> int:
-    """The sampling seed of a method; the references have that of any."""
+    """The seed of a method's samples; what draws none stands beside those of the run that do."""
     in_table = [run.methods[other] for other in map(str, run.rewards) if other in run.methods]
-    records = [run.methods[method]] if method in run.methods else in_table
+    own = [run.methods[method]] if method in run.methods else []
+    sampled = [record for record in in_table if not record.method.greedy]
+    records = own if own and not own[0].method.greedy else [*sampled, *own, *in_table]
     seeds = [record.seed for record in records if record.seed is not None]
     if not seeds or (method != REFERENCE and method not in run.methods):
         fail(f"{run.directory / METHODS_FILE} does not say with what {method} was decoded: a sweep needs it")

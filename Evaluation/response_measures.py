@@ -25,11 +25,16 @@ def measure_responses(
     found = [measure_likelihood(run, dataset, policy, batch_size) for run in runs.values()]
     likelihood, kl = (dict(zip(runs, values, strict=True)) for values in zip(*found, strict=True))
 
+    scorers = dict.fromkeys(scorer for run in runs.values() for scorer in run.scores)
+    for run in runs.values():
+        if unasked := [scorer for scorer in scorers if scorer not in run.scores]:
+            run.note(f"not scored by {', '.join(unasked)}, whose columns are of the other runs")
+
     measured: dict[str, dict[str, float | str | None]] = {}
     notes: list[str] = []
     for method in methods:
         measured[method] = {}
-        for scorer in dict.fromkeys(scorer for run in runs.values() for scorer in run.scores):
+        for scorer in scorers:
             measured[method] |= mean_score(runs, method, scorer, references, notes)
         if method == REFERENCE:
             continue
@@ -61,15 +66,15 @@ def mean_score(
             continue
         own_name, rewards = run.names.get(method, method), run.scores[scorer].rewards()
         if method == REFERENCE:
-            texts = [references[name].get(prompt, [""])[0] for prompt, _ in run.rewards.index]
+            own = [references[name].get(prompt, [None])[0] for prompt, _ in run.rewards.index]
+            texts = pd.Series(own, run.rewards.index, dtype=object).dropna()  # some prompts have none
         elif method in run.responses:
-            texts = list(run.responses[method]["result"])
+            texts = run.responses[method]["result"]
         else:
             continue
-        keys = zip(run.rewards.index, texts, strict=True)
-        found = [rewards.get((own_name, prompt, text), np.nan) for (prompt, _), text in keys]
-        of_runs[name] = pd.Series(found, run.rewards.index, dtype=float)
-    if not of_runs:
+        found = [rewards.get((own_name, prompt, text), np.nan) for (prompt, _), text in texts.items()]
+        of_runs[name] = pd.Series(found, texts.index, dtype=float)
+    if not any(len(found) for found in of_runs.values()):
         return {}
     pooled = pd.concat(of_runs, names=["run"])
     prompts = per_prompt(pooled)

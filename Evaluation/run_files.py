@@ -1,13 +1,16 @@
 """What a run directory holds, by prompt: rewards, responses, traces and references, and what is missing."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 from pydantic import BaseModel, FiniteFloat
 
-from pargs.files import MAKE_PAIRS, read_dataset
+from pargs.cli import SettingsParser
+from pargs.files import MAKE_PAIRS, read_dataset, read_template
 from pargs.origin import Origin
 from pargs.runs import (
     REFERENCE,
@@ -71,6 +74,17 @@ class Run:
 
     def note(self, message: str) -> None:
         self.notes.append(message if self.directory == Path() else f"{self.directory}: {message}")
+
+
+T = TypeVar("T")
+
+
+def parse_runs(kind: type[T], description: str | None, help: str) -> tuple[T, list[str]]:
+    """The settings of a script, and the run directories that it is given."""
+    parser = SettingsParser(kind, description)
+    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=help)
+    settings, others = parser.parse()
+    return settings, others.runs
 
 
 def prompt_keys(prompts: list[str]) -> list[Key]:
@@ -147,6 +161,13 @@ def read_steps(run: Run, method: str) -> dict[Key, list[Step]]:
 def find_dataset(run: Run, dataset: str) -> Path | None:
     """The dataset of a run: in its directory, or else in the current one."""
     return next((place for place in (run.directory / dataset, Path(dataset)) if place.exists()), None)
+
+
+def find_template(run: Run, records: Iterable[MethodRecord | None], dataset: str) -> str:
+    """The prompts' template: what the first record says that says it, else the dataset."""
+    said = (record.template for record in records if record and record.template is not None)
+    found = next(said, None)
+    return read_template(find_dataset(run, dataset) or dataset) if found is None else found
 
 
 def read_references(run: Run, dataset: str) -> dict[str, list[str]]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from run_files import Run, find_dataset, read_steps
+from run_files import Run, find_template, read_steps
 from scipy.special import log_softmax
 
-from pargs.files import DECODE, read_template
+from pargs.files import DECODE
 from pargs.runs import METHODS_FILE, Method, Step
 
 LogProbs = tuple[np.ndarray, np.ndarray]  # of a response's tokens: under a policy, and under its top-k
@@ -42,9 +42,7 @@ def measure_likelihood(run: Run, dataset: str, policy: str | None, batch_size: i
         limit = record.max_new_tokens if record else int(rows["num_tokens"].max())
         label = f"{method} under {Path(model).name}"
         gap = record.candidate_gap if record else None
-        template = record.template if record else None
-        if template is None:  # an older record does not say
-            template = read_template(find_dataset(run, dataset) or dataset)
+        template = find_template(run, [record], dataset)
         found, why = measure_log_probs(model, rows, template, writer, k, limit, batch_size, label, gap)
         if why:
             encoded_again[why][method] = None

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from policy_likelihood import is_here
-from run_files import Run, Score, Scores, find_dataset, read_references, read_run, read_scores
+from run_files import Run, Score, Scores, find_template, parse_runs, read_references, read_run, read_scores
 from sampled_kl import locate_model
 
-from pargs.cli import SettingsParser, fail, is_main, next_step, run_script, setting
-from pargs.files import check_writable, read_template, write_text
+from pargs.cli import fail, is_main, next_step, run_script, setting
+from pargs.files import check_writable, write_rows
 from pargs.models import RewardModel, load_reward_model, load_tokenizer
 from pargs.origin import Origin, identify
 from pargs.processes import describe_device, gather, join_processes, split
@@ -36,14 +36,6 @@ class Settings:
     reward_model: str = setting("partial_reward_modeling_tldr", "The reward model to ask.")
     name: str | None = setting(None, "Of the column; if not given, the last part of the model's name.")
     dataset: str = setting("summarize_from_feedback", "Dataset with the reference summaries.")
-
-
-def parse_command_line() -> tuple[Settings, list[str]]:
-    parser = SettingsParser(Settings, __doc__)
-    runs_help = "Run directories; the current one by default."
-    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=runs_help)
-    settings, others = parser.parse()
-    return settings, others.runs
 
 
 def name_column(settings: Settings) -> str:
@@ -92,10 +84,7 @@ def score_run(
     """The reward of every answer of a run; of those that are not known every process scores its share."""
     records = [run.methods[method] for method in map(str, run.rewards) if method in run.methods]
     limits = [record.max_new_tokens for record in records]
-    templates = [record.template for record in records if record.template is not None]
-    template = (
-        templates[0] if templates else read_template(find_dataset(run, settings.dataset) or settings.dataset)
-    )
+    template = find_template(run, records, settings.dataset)
     scores = []
     for method, answers in collect_answers(run, reward_model, settings.dataset).items():
         unknown = [answer for answer in answers if (method, answer[0], answer[1].text) not in known]
@@ -113,14 +102,13 @@ def score_run(
 
 
 def save_scores(path: Path, scores: Scores) -> None:
-    """One line a score."""
-    head = scores.model_dump(exclude={"scores"})
-    rows = ",\n".join(json.dumps(score.model_dump(), ensure_ascii=False) for score in scores.scores)
-    write_text(path, f'{json.dumps(head, ensure_ascii=False)[:-1]}, "scores": [\n{rows}\n]}}\n')
+    head = json.dumps(scores.model_dump(exclude={"scores"}), ensure_ascii=False)
+    rows = [score.model_dump() for score in scores.scores]
+    write_rows(path, rows, head=f'{head[:-1]}, "scores": ', tail="}")
 
 
 def main() -> None:
-    settings, directories = parse_command_line()
+    settings, directories = parse_runs(Settings, __doc__, "Run directories; the current one by default.")
     join_processes()
     name = name_column(settings)
     runs = [read_run(Path(directory)) for directory in directories]
@@ -141,11 +129,12 @@ def main() -> None:
         scores = score_run(run, reward_model, known, settings)
         if not is_main():
             continue
-        origin = Origin.of(settings, describe_device())
+        kept = sum((score.method, score.prompt, score.result) in known for score in scores)
+        nothing_new = earlier is not None and kept == len(scores)
+        origin = earlier.origin if nothing_new else Origin.of(settings, describe_device())
         save_scores(path, Scores(reward_model=model, identity=identity, origin=origin, scores=scores))
         for note in run.notes:
             print(f"- {note}")
-        kept = sum((score.method, score.prompt, score.result) in known for score in scores)
         print(f"wrote {path}: {len(scores)} rewards, {kept} of them known before")
     if is_main():
         next_step("Evaluation/show_result.py", *(directories if directories != ["."] else []))

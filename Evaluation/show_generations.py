@@ -10,15 +10,16 @@ Writes  generations.html: no network, no other files; open it in a browser.
 import base64
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from run_files import Run, read_references, read_run, read_steps
+from run_files import Run, parse_runs, read_references, read_run, read_steps
 from statistics_table import readable_table
 
-from pargs.cli import SettingsParser, fail, is_main, run_script, setting
+from pargs.cli import fail, is_main, run_script, setting
 from pargs.files import check_writable, write_text
 from pargs.runs import REFERENCE, Step
 
@@ -28,18 +29,15 @@ TEXT_FIELDS = ("baseline", "evaluator_was")  # of the result table; the others a
 
 @dataclass
 class Settings:
-    output: str = setting("generations.html", "The page to write.")
+    output: str | None = setting(None, "The page to write; if not given, generations.html in the run.")
     dataset: str = setting("summarize_from_feedback", "Dataset with the reference summaries.")
 
 
 def parse_command_line() -> tuple[Settings, Path]:
-    parser = SettingsParser(Settings, __doc__)
-    run_help = "The run directory; the current one by default."
-    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=run_help)
-    settings, others = parser.parse()
-    if len(others.runs) > 1:
-        fail(f"a page shows one run, not {len(others.runs)}: {' '.join(others.runs)}")
-    return settings, Path(others.runs[0])
+    settings, runs = parse_runs(Settings, __doc__, "The run directory; the current one by default.")
+    if len(runs) > 1:
+        fail(f"a page shows one run, not {len(runs)}: {' '.join(runs)}")
+    return settings, Path(runs[0])
 
 
 def collect_prompts(run: Run, methods: list[str], references: dict[str, list[str]]) -> list[dict]:
@@ -97,17 +95,21 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 3)
 
 
+def report_command(directory: Path) -> str:
+    return shlex.join(REPORT.split() + [str(directory)] * (directory != Path()))
+
+
 def collect_table(directory: Path) -> dict | None:
-    path = directory / "average_reward.csv"
+    path, again = directory / "average_reward.csv", report_command(directory)
     if not path.exists():
         return None
     try:
         summary = pd.read_csv(path).set_index("method")
         summary = summary.astype({column: float for column in summary if column not in TEXT_FIELDS})
     except (OSError, ValueError, KeyError) as error:
-        fail(f"cannot read {path} ({error}); make it again with `{REPORT}`")
+        fail(f"cannot read {path} ({error}); make it again with `{again}`")
     if summary.empty or not {"baseline", "n", "runs", "mean"} <= set(summary):
-        fail(f"{path} is no table of results; make it again with `{REPORT}`")
+        fail(f"{path} is no table of results; make it again with `{again}`")
     shown = readable_table(summary)
     return {"columns": list(shown), "rows": shown.values.tolist()}
 
@@ -144,7 +146,7 @@ def main() -> None:
     settings, directory = parse_command_line()
     if not is_main():
         return  # under a launcher one process is enough
-    output = Path(settings.output)
+    output = Path(settings.output) if settings.output else directory / "generations.html"
     check_writable(output.parent)
 
     run = read_run(directory)
@@ -153,7 +155,7 @@ def main() -> None:
         run.note(f"no references: {settings.dataset}/ is not there")
     table = collect_table(directory)
     if table is None:
-        run.note(f"no result table and figure: make them with `{REPORT}`")
+        run.note(f"no result table and figure: make them with `{report_command(directory)}`")
 
     methods = [str(method) for method in run.rewards if method != REFERENCE] + [REFERENCE]
     traces = collect_traces(run, methods)

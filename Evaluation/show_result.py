@@ -27,10 +27,10 @@ from pooling import check_alike, label_sweep, note_unknown
 from pydantic import NonNegativeInt, PositiveInt
 from response_measures import measure_responses
 from reward_figure import draw_figure
-from run_files import Run, read_run
+from run_files import Run, parse_runs, read_run
 from statistics_table import TEXT_COLUMNS, count_folded, in_words, readable_table, summarise
 
-from pargs.cli import SettingsParser, fail, is_main, next_step, run_script, setting
+from pargs.cli import fail, is_main, next_step, run_script, setting
 from pargs.figures import save_figure
 from pargs.files import check_writable, write_text, write_whole
 from pargs.origin import Origin
@@ -51,15 +51,9 @@ class Settings:
     batch_size: PositiveInt = setting(8, "Responses scored at once by a policy.")
     sweep: bool = setting(False, "A row for each setting of a method; runs that share them are pooled.")
     pool_anyway: bool = setting(False, "Pool runs also where their settings, models or prompts differ.")
-    output_dir: str = setting(".", "Where the table and the figure go.")
-
-
-def parse_command_line() -> tuple[Settings, list[str]]:
-    parser = SettingsParser(Settings, __doc__)
-    runs_help = "Run directories, pooled; the current one by default."
-    parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=runs_help)
-    settings, others = parser.parse()
-    return settings, others.runs
+    output_dir: str | None = setting(
+        None, "Where the table and the figure go; if not given, into the run, or of several runs here."
+    )
 
 
 def read_runs(directories: list[str]) -> dict[str, Run]:
@@ -147,7 +141,7 @@ def save_data(
         "origin": Origin.of(settings).model_dump(),
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(Path(settings.output_dir, "results.json"), text + "\n")
+    write_text(Path(settings.output_dir or ".", "results.json"), text + "\n")
 
 
 def save_table(summary: pd.DataFrame, caption: list[str], notes: list[str], output_dir: Path) -> None:
@@ -166,9 +160,12 @@ def save_table(summary: pd.DataFrame, caption: list[str], notes: list[str], outp
 
 def main() -> None:
     started = time.perf_counter()
-    settings, directories = parse_command_line()
+    runs_help = "Run directories, pooled; the current one by default."
+    settings, directories = parse_runs(Settings, __doc__, runs_help)
     if not (settings.policy or is_main()):
         return  # there is no model work to share
+    one_run = directories[0] if len(directories) == 1 else "."
+    settings.output_dir = settings.output_dir or one_run
     output_dir = Path(settings.output_dir)
     check_writable(output_dir)
 

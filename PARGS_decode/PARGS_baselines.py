@@ -56,7 +56,7 @@ from run_state import (
 )
 from transformers import Cache, DynamicCache
 
-from pargs.cli import fail, is_main, next_step, parse_settings, run_script, setting
+from pargs.cli import TRUTH_VALUES, fail, is_main, next_step, parse_settings, run_script, setting
 from pargs.files import check_writable
 from pargs.models import Policy, load_policy, load_tokenizer, warn_of_unused_separator
 from pargs.origin import Origin
@@ -501,7 +501,7 @@ def report(table: pd.DataFrame, written: list[str], left_out: dict[str, str], di
         print(f"left out: {name}: {reason}")
     if left_out:
         given = shlex.join(sys.argv[1:])
-        flags = shlex.split(re.sub(r"--overwrite(=\S+|\s+(?i:true|false)\b)?", "", given))
+        flags = shlex.split(re.sub(rf"--overwrite(=\S+|\s+(?i:{'|'.join(TRUTH_VALUES)})\b)?", "", given))
         command = shlex.join(["python", os.path.relpath(sys.argv[0]), *flags, "--methods", *left_out])
         print(f"to decode them so: {command}")
     next_step("Evaluation/show_result.py", *([] if directory == Path() else [str(directory)]))

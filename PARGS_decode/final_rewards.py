@@ -1,6 +1,6 @@
 """Rewards of finished responses: best-of-n picks by them, and every method is compared by them."""
 
-from progress import Progress, digest
+from progress import Progress, digest, prompt_key
 from responses import Response
 from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +119,7 @@ def score_unless_known(
 ) -> list[float]:
     """Rewards of finished responses; those that `progress` has kept are not asked for again."""
     texts = [continuation.text for continuation in continuations]
-    keys = [digest([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)]
+    keys = [digest([prompt_key(prompt), text]) for prompt, text in zip(prompts, texts, strict=True)]
     known = progress.rewards if progress else {}
     unknown = [at for at, key in enumerate(keys) if key not in known]
     rewards = score_finished(

@@ -64,7 +64,7 @@ class Progress:
         unwritten = []
         for at in range(0, len(responses), samples):
             group = responses[at : at + samples]
-            lines = [self.responses.get((digest(each.prompt), each.sample)) for each in group]
+            lines = [self.responses.get((prompt_key(each.prompt), each.sample)) for each in group]
             if None in lines:
                 unwritten += group
                 continue
@@ -81,7 +81,7 @@ class Progress:
     def add_responses(self, responses: list[Response]) -> None:
         lines = [
             {
-                "prompt": digest(response.prompt),
+                "prompt": prompt_key(response.prompt),
                 "sample": response.sample,
                 "ids": response.ids,
                 "eos_id": response.eos_id,
@@ -128,6 +128,11 @@ def read_lines(path: Path) -> list[dict]:
         if isinstance(content, dict):
             lines.append(content)
     return lines
+
+
+def prompt_key(prompt: str) -> str:
+    """A short name for a prompt: a text and a conversation that reads like it have other ids."""
+    return digest([prompt, getattr(prompt, "turns", None)])
 
 
 def digest(content: object) -> str:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedConfig
 
 from pargs.cli import fail, is_main
-from pargs.files import TRAIN_DPO, TRAIN_PARTIAL, write_text
+from pargs.files import TRAIN_DPO, TRAIN_PARTIAL, write_rows, write_text
 from pargs.models import load_config, loading
 from pargs.origin import identify
 from pargs.runs import (
@@ -217,8 +217,9 @@ def save_method(
             trace_path(method, directory).unlink(missing_ok=True)
 
     if steps:
-        traces = {row.prompt: row for row in generations if row.prompt in steps}
-        lines = [json.dumps({"prompt": p, "steps": steps[p]}, ensure_ascii=False) + "\n" for p in traces]
+        # A line for each response: of a repeated prompt stage 5 looks for as many.
+        traced = [row.prompt for row in generations if row.prompt in steps]
+        lines = [json.dumps({"prompt": p, "steps": steps[p]}, ensure_ascii=False) + "\n" for p in traced]
         write_text(trace_path(method, directory), "".join(lines))
     else:
         trace_path(method, directory).unlink(missing_ok=True)
@@ -228,9 +229,7 @@ def save_method(
         write_methods({name: named[name] for name in (*order, *named) if name in named}, directory)
 
     write_record(record.model_copy(update={"evaluator": None}))
-    contents = [row.model_dump(exclude_none=True) for row in generations]
-    rows = ",\n".join(json.dumps(content, ensure_ascii=False) for content in contents)
-    write_text(path, f"[\n{rows}\n]\n")
+    write_rows(path, [row.model_dump(exclude_none=True) for row in generations])
     write_record(record)
 
 
@@ -298,5 +297,4 @@ def save_references(
         Reference(prompt=prompt, reference=reference, reward=reward).model_dump()
         for prompt, reference, reward in zip(prompts, references, rewards, strict=True)
     ]
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(directory / REFERENCES, f"[\n{lines}\n]\n")
+    write_rows(directory / REFERENCES, rows)

@@ -9,8 +9,6 @@ from typing_extensions import TypedDict
 
 NAMES = {"system": "System", "user": "Human", "assistant": "Assistant"}  # of the roles, in plain text
 ANSWER = {"role": "assistant", "content": ""}  # that is asked for
-
-
 Message = dict[str, str]  # its role and its content
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -106,3 +106,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_rows(path: Path, rows: Sequence[dict], head: str = "", tail: str = "") -> None:
+    """A JSON list with a line for each row, which people and diffs can read."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_text(path, f"{head}[\n{lines}\n]{tail}\n")

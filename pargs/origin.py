@@ -74,17 +74,15 @@ def identify(name: str, config: Any) -> str | None:
 
 
 def folder_digest(name: str) -> str | None:
-    """A digest of a model's folder, of whose large files blocks are read; None for a hub name."""
+    """A digest of a model's files, every byte of them; None for a hub name."""
     if not name or not Path(name).is_dir():
         return None
     seen = blake2b(digest_size=8)
     for path in sorted(Path(name).iterdir()):
         if path.suffix not in (".safetensors", ".bin", ".json"):
             continue
-        size = path.stat().st_size
-        seen.update(json.dumps([path.name, size]).encode())
+        seen.update(json.dumps([path.name, path.stat().st_size]).encode())
         with open(path, "rb") as file:
-            for start in range(0, size, max(4096, size // 64)):
-                file.seek(start)
-                seen.update(file.read(4096))
+            while block := file.read(1 << 20):
+                seen.update(block)
     return seen.hexdigest()

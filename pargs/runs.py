@@ -118,7 +118,7 @@ class MethodRecord(BaseModel):
     fast_attention: bool = False
     template: str | None = None  # of the prompts
     models: dict[str, str | None] = {}  # a digest of the folder, or the hub's commit, of each model
-    origin: Origin | None = None
+    origin: Origin | None = None  # of the last launch that decoded any of it
 
     @property
     def recipe(self) -> dict[str, object]:

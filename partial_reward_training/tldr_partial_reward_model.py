@@ -362,11 +362,12 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
             print(f"  {name:<21}", *(f"{value:>11}" for value in values))
         print(f"  {note}")
 
-    flags = changed_flags(
-        full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path),
-        partial_reward_model=(settings.output_dir, Settings.output_dir),
-    )
-    methods = ("--methods", "ARGS", "PARGS-G", "PARGS")
+    flags = changed_flags(partial_reward_model=(settings.output_dir, Settings.output_dir))
+    methods = ["--methods", "PARGS-G", "PARGS"]
+    start = load_config(settings.model_name_or_path, revision=settings.model_revision or "main")
+    if any("SequenceClassification" in kind for kind in start.architectures or []):  # else it is a policy
+        flags += changed_flags(full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path))
+        methods.insert(1, "ARGS")
     if Path(PAIRS).is_dir():
         next_step("DPO_training/GPT2_large_DPO_tldr.py")
         next_step("PARGS_decode/PARGS_baselines.py", *methods, *flags, said="or, without the DPO baseline")

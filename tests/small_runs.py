@@ -59,6 +59,7 @@ def write_records(
     evaluator: str | None = None,
     seed: int | None = None,
     costs: dict[str, Cost] | None = None,
+    candidate_gap: float | None = None,
     **methods: Method,
 ) -> None:
     """methods.json; `PARGS_G` stands for PARGS-G."""
@@ -66,6 +67,7 @@ def write_records(
         name.replace("_", "-"): MethodRecord(
             method=method,
             k=k,
+            candidate_gap=candidate_gap,
             max_new_tokens=max_new_tokens,
             reference_policy=str(reference_policy),
             evaluator=evaluator,

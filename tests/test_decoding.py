@@ -196,7 +196,7 @@ def test_a_gap_leaves_candidates_out(folders, prompts, reference, policy_name, r
     counts, written = set(), []
     for gap in (0.05, 0.5, 4.0):
         own = replace(settings, candidate_gap=gap, trace=True)
-        compare_with_reference(method, prompts, own, plain)
+        assert compare_with_reference(method, prompts, own, plain) > len(prompts)
         reward_model = get_reward_model(own.full_reward_model, own)
         reward_model.calls = 0
         responses = decode(method, prompts, own)

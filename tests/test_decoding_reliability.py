@@ -26,13 +26,16 @@ from accelerate import PartialState
 from conftest import ROOT, assert_one_error, make_posts, save, write_prompts
 from forked import Run, run
 from peft import LoraConfig, get_peft_model
+from progress import prompt_key
 from run_state import collect_rewards, find_work, save_method
 from small_disk import small_disk  # noqa: F401
 from small_runs import write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from pargs import runs
-from pargs.runs import Cost, Generation, Method, MethodRecord, write_methods
+from pargs.chat import ChatPrompt, Turn
+from pargs.origin import folder_digest
+from pargs.runs import Cost, Generation, Method, MethodRecord, read_traces, trace_path, write_methods
 
 SCRIPT = "PARGS_decode/PARGS_baselines.py"
 METHODS = ["ARGS", "PARGS", "BESTN", "TOP-K"]
@@ -431,6 +434,11 @@ def test_results_without_a_record_are_in_no_table(tmp_path, monkeypatch):
     work = find_work(dict.fromkeys(["ARGS", "TOP-K"], record), set(), ["p"], Path())
     assert [name for name in work if not work[name].is_done] == ["ARGS"]
 
+    # Of a prompt that comes twice, stage 5 looks for two traces.
+    step = {"tokens": ["r"], "log_probs": [0.0], "rewards": [1.0], "chosen": 0}
+    save_method("ARGS", rows * 2, {"p": [step]}, record, ["ARGS", "TOP-K"])
+    assert [trace.prompt for trace in read_traces(trace_path("ARGS"))] == ["p", "p"]
+
 
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_message_and_keeps_what_was_finished(flags, whole, small_disk):  # noqa: F811
@@ -620,3 +628,21 @@ def test_extreme_prompts_are_decoded(flags, here, decode):
     assert "2 prompts are longer than" in output and "reference: 2 pairs are longer than" in output
     results = json.loads((here / "generation_args.json").read_text())
     assert len(results) == len(posts) and all(row["num_tokens"] for row in results)
+
+
+def test_a_text_and_a_conversation_that_reads_like_it_are_two_prompts():
+    turn = {"role": "user", "content": "Why?", "before": "<user>", "special_ids": [1]}
+    prompt = ChatPrompt([Turn(**turn)])
+    assert prompt == "<user>Why?" and prompt_key(prompt) != prompt_key("<user>Why?")
+    assert prompt_key(ChatPrompt([Turn(**turn)])) == prompt_key(prompt)
+
+
+def test_a_model_of_which_little_was_trained_anew_is_another(tmp_path):
+    """A few bytes, anywhere in a large file."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(5 << 20))
+    digests = {folder_digest(str(tmp_path))}
+    for at in (0, 3 << 20, (5 << 20) - 1):
+        weights.write_bytes(bytes(at) + b"\1" + bytes((5 << 20) - at - 1))
+        digests.add(folder_digest(str(tmp_path)))
+    assert len(digests) == 4

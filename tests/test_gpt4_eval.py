@@ -387,7 +387,12 @@ def test_the_seed_draws_the_prompts_and_more_of_them_ask_only_for_the_new_ones(j
         twelve = draw(12)
         assert len(twelve) == 12 and set(five) < set(twelve) and len(server.requests) == 24
         assert draw(5, seed=2) != five
-        assert len(draw(0)) == 20 and len(server.requests) == 40
+        twenty = draw(0)
+        assert len(twenty) == 20 and len(server.requests) == 40
+
+        write_pairs(a=[9] * 30, b=[3] * 30)  # more was decoded since
+        old = {*draw(12)}.intersection(twenty)
+        assert old and old <= {*twelve}
 
 
 def test_verdicts_on_other_texts_or_by_other_judges_are_not_mixed_in(judge):

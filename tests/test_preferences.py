@@ -38,6 +38,10 @@ def ultrafeedback(prompt: str, *answers: str) -> dict:
     return row | {"messages": row["chosen"]}
 
 
+def asked_in_text(prompt: str, *answers: str) -> dict:
+    return standard(prompt, *([assistant(answer)] for answer in answers))
+
+
 def repeated(*texts: str) -> dict:
     """The prompt as messages, and conversations that begin with it."""
     row = ultrafeedback(*texts)
@@ -100,6 +104,7 @@ def all_pairs(data: DatasetDict) -> list[tuple[str, str]]:
         ("folder/train-0.parquet", standard, "{}", []),
         ("saved", standard, "{}", []),
         ("own.parquet", conversational, "Human: {}\n\nAssistant:", []),
+        ("own.jsonl", asked_in_text, "Human: {}\n\nAssistant:", []),
         ("own.jsonl", repeated, "Human: {}\n\nAssistant:", []),
         ("own.json", implicit, "Human: {}\n\nAssistant:", []),
         ("own.parquet", ultrafeedback, "Human: {}\n\nAssistant:", []),
@@ -141,7 +146,7 @@ def test_columns_have_the_names_that_are_given_and_cells_stay_text(process):
 def test_an_answer_in_a_folder_of_csv_files_may_read_na(process):
     Path("folder").mkdir()
     rows = [standard(f"Why, {at}?", "NA", "null") for at in range(10)]
-    pd.DataFrame(rows).to_csv("folder/train.csv", index=False)
+    pd.DataFrame(rows).to_csv("folder/train.csv.gz", index=False)
     assert {(row["chosen"], row["rejected"]) for row in process("folder")["train"]} == {(" NA", " null")}
 
 

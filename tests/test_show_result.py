@@ -39,7 +39,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from pargs.figures import GREY, PALETTE
 from pargs.files import write_whole
 from pargs.models import Policy, encode_for_policy, load_policy
-from pargs.runs import Cost, Method, Step
+from pargs.runs import Cost, Method, Step, read_methods, write_methods
 from pargs.statistics import bootstrap_interval
 
 OUTPUTS = {f"average_reward.{kind}" for kind in ("csv", "md", "tex", "png", "pdf")}
@@ -71,7 +71,7 @@ def report(tmp_path, capsys, drawn):
     """Run the script in `tmp_path`; returns its table and what it printed."""
 
     def run(*arguments: object) -> tuple[pd.DataFrame, str]:
-        run_script(show_result, tmp_path, *arguments)
+        run_script(show_result, tmp_path, *arguments, "--output_dir", ".")
         return pd.read_csv(tmp_path / "average_reward.csv", index_col="method"), capsys.readouterr().out
 
     return run
@@ -372,7 +372,51 @@ def test_a_sweep_is_one_table(tmp_path, report, capsys):
     assert "does not say with what ARGS" in refuse(show_result, tmp_path, capsys, *names[:2], "--sweep")
 
 
+def test_runs_with_and_without_a_gap_are_two_settings(tmp_path, report, capsys):
+    for name, gap, reward in (("all", None, 1.0), ("near", 3.0, 2.0)):
+        write_rewards(tmp_path / name, ARGS=[reward] * 4)
+        method = Method(policy="base", guide="full", weight=1.0, greedy=True)
+        write_records(tmp_path / name, "base", seed=1, candidate_gap=gap, ARGS=method)
+    said = refuse(show_result, tmp_path, capsys, "all", "near")
+    assert "differ in candidate_gap: none in all, 3.0 in near (ARGS)" in said
+    table, _ = report("all", "near", "--sweep")
+    assert dict(table["mean"]) == {"ARGS (candidate_gap none)": 1, "ARGS (candidate_gap 3.0)": 2}
+
+
+def test_in_a_sweep_a_greedy_method_stands_beside_the_samples_of_its_run(tmp_path, report):
+    """Whatever seed it was recorded with: it draws nothing."""
+    for weight in (1.0, 3.0):
+        run = tmp_path / f"w{weight:.0f}"
+        write_rewards(run, ARGS=[1, 2, 3, 4], PARGS=[weight, 2, 3, 4])
+        methods = {"ARGS": Method(policy="base", guide="full", weight=1.0, greedy=True)}
+        write_records(run, "base", seed=1, **methods)
+        (args,) = read_methods(run).items()
+        write_records(run, "base", seed=2, PARGS=Method(policy="base", guide="partial", weight=weight))
+        write_methods(dict([args]) | read_methods(run), run)
+    table, _ = report("w1", "w3", "--sweep")
+    assert list(table.index) == ["ARGS", "PARGS (weight 1.0)", "PARGS (weight 3.0)"]
+    assert list(table["difference"][1:]) == [0, 0.5]
+
+
 # What is written
+
+
+def test_reports_go_into_the_run_that_they_are_of(tmp_path, capsys):
+    """Of several runs here, or where --output_dir says; the page follows, also where it was told to."""
+    for run in "ab":
+        write_rewards(tmp_path / run, ARGS=[1, 2, 3, 4], PARGS=[2, 3, 3, 5])
+    run_script(show_result, tmp_path, "a")
+    run_script(show_generations, tmp_path, "a")
+    assert {*names_of(tmp_path / "a")} >= {"average_reward.md", "results.json", "generations.html"}
+    assert names_of(tmp_path) == ["a", "b"]
+    run_script(show_generations, tmp_path, "b")
+    assert "make them with `python Evaluation/show_result.py b`" in capsys.readouterr().out
+    run_script(show_result, tmp_path, "a", "b")
+    assert "average_reward.md" in names_of(tmp_path) and "average_reward.md" not in names_of(tmp_path / "b")
+
+
+def names_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def test_the_table_as_data(tmp_path, report):

@@ -42,12 +42,6 @@ QUIET = ("--report_to", "none", "--save_strategy", "no", "--gradient_checkpointi
 PREFIXES = "summarize_from_feedback_partial"
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
@@ -310,7 +304,8 @@ def test_partial_reward_model_learns_and_is_saved_whole(
     flags += ["--logging_steps", "4", "--seed", "7"]
     if lora:
         flags += ["--use_peft", "--lora_r", "4"]
-    capsys.readouterr()
+    start = f" --model_name_or_path {small_models[reward_name]}\n"
+    assert f"tldr_partial_reward_model.py{start}" in capsys.readouterr().out  # what follows stage 1
     run_main(tldr_partial_reward_model, monkeypatch, *flags)
 
     folder = here / "partial_reward_modeling_tldr"
