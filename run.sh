@@ -92,11 +92,14 @@ prepare_environment requirements.txt
 mkdir -p "runs/$mode"
 cd "runs/$mode"
 
+bold='' plain=''
+[ ! -t 1 ] || bold=$'\033[1m' plain=$'\033[0m'
+
 # The command as it can be pasted: with its directory, and quoted.
 stage() {
-    printf '\n\033[1m(cd %q &&' "$PWD"
+    printf '\n%s(cd %q &&' "$bold" "$PWD"
     printf ' %q' "$(command -v "$1")" "${@:2}"
-    printf ')\033[0m\n'
+    printf ')%s\n' "$plain"
     "$@"
 }
 
@@ -140,7 +143,15 @@ causal() {
 
 # Results of models that are trained anew here are old ones; `decode` alone goes on where it was stopped.
 overwrite=()
+at=-1
+stopped() {
+    local again="$mode ${steps[*]:at}${flags[*]:+ -- ${flags[*]}}"
+    printf '\nstopped in the step %s; to go on from there: bash run.sh %s\n' "$step" "$again" >&2
+    exit 130
+}
+trap stopped INT
 for step in "${steps[@]}"; do
+    at=$((at + 1))
     case $step in
     data | reward | dpo) overwrite=(--overwrite) ;;
     esac

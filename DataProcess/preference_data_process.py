@@ -224,7 +224,7 @@ def main() -> None:
             layout = find_layout(rows, settings)
             kept, dropped = format_rows(rows, layout, format_row, settings.max_characters)
         except UnusableRow as error:
-            fail(f"{settings.source!r}, {error}")
+            fail(f"{settings.source!r}, {error} (the first row is row 0)")
         splits = make_datasets(split_by_question(kept, settings, dropped), bool(settings.chat_template_of))
 
         dropped = {reason: count for reason, count in dropped.items() if count}

@@ -202,7 +202,7 @@ def main() -> None:
         try:
             processed, dropped = process_splits(settings, template, work)
         except UnusableRow as error:
-            fail(str(error))
+            fail(f"{error} (the first row is row 0)")
         save_dataset({".": processed}, {"template": template, "dropped": dropped}, settings.output)
 
     print(f"\nwrote {settings.output}/")

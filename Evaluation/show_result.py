@@ -81,10 +81,34 @@ def choose_baseline(requested: str | None, methods: list[str]) -> str:
     return requested or methods[0]
 
 
-def describe(summary: pd.DataFrame, rewards: pd.DataFrame) -> list[str]:
+def describe_settings(runs: dict[str, Run]) -> list[str]:
+    """Whose rewards the table holds, and how its methods decoded; where runs differ, each value."""
+    records = [
+        (method, run.methods[method])
+        for run in runs.values()
+        for method in run.rewards
+        if method in run.methods
+    ]
+    if not records:
+        return []
+
+    def all_values(name: str) -> str:
+        values = dict.fromkeys(getattr(record, name) for _, record in records)
+        return ", ".join("?" if value is None else str(value) for value in values)
+
+    weights = [f"{method} {record.method.weight:g}" for method, record in records if record.method.guide]
+    parts = [f"k = {all_values('k')}", f"at most {all_values('max_new_tokens')} new tokens"]
+    parts += [f"w: {', '.join(dict.fromkeys(weights))}"] if weights else []
+    if any(record.candidate_gap for _, record in records):
+        parts.append(f"candidate gap {all_values('candidate_gap')}")
+    return [f"Rewards by {all_values('evaluator')}; {'; '.join(parts)}."]
+
+
+def describe(summary: pd.DataFrame, rewards: pd.DataFrame, runs: dict[str, Run]) -> list[str]:
     """What the numbers are, in the words of a caption."""
     num_runs, num_folded = rewards.index.get_level_values("run").nunique(), count_folded(rewards)
     lines = [
+        *describe_settings(runs),
         "Reward: mean ± standard error (sample standard deviation / √n) over n prompts; "
         "intervals: 95% percentile bootstrap over prompts.",
         f"vs {summary['baseline'].iloc[0]}: paired difference on the same prompts; a tie is half a win.",
@@ -192,7 +216,7 @@ def main() -> None:
     summary = summary.join(beside_reward)
     notes = [note for run in runs.values() for note in run.notes] + notes
 
-    caption = describe(summary, rewards)
+    caption = describe(summary, rewards, runs)
     shown = readable_table(summary).rename(columns=lambda name: name.replace(" / ", "\n/ "))  # a narrow head
     print(shown.to_markdown(index=False, tablefmt="simple", disable_numparse=True))
     print("\n" + "\n".join(caption))

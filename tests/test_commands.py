@@ -289,6 +289,22 @@ def test_run_sh_says_what_to_type(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.sh", "run.sh"]
 
 
+def test_ctrl_c_in_run_sh_says_how_to_go_on(tmp_path):
+    """A stand-in for python, which Ctrl-C meets while it trains."""
+    for name in ("run.sh", "environment.sh", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$1" in *reward_model.py) kill -INT 0 ;; esac\n')
+    python.chmod(0o755)
+    command = ["bash", "run.sh", "paper", "data", "reward", "report"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 130 and "\033" not in done.stdout
+    assert (
+        done.stderr == "\nstopped in the step reward; to go on from there: bash run.sh paper reward report\n"
+    )
+
+
 def refusal(capsys, function: Callable, *arguments: object) -> str:
     """The one line in which a function refuses."""
     with pytest.raises(SystemExit) as stopped:

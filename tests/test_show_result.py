@@ -427,6 +427,7 @@ def test_the_table_as_data(tmp_path, report):
     assert data["results"]["ARGS"]["difference"] is None
     assert data["runs"]["w1-s2"]["PARGS"]["seed"] == 2
     assert data["origin"]["settings"]["resamples"] == 9999 and data["origin"]["versions"]["pandas"]
+    assert "Rewards by judge; k = 2; at most 8 new tokens; w: ARGS 1, PARGS 2." in data["caption"]
     sentence = "PARGS and ARGS are not told apart by the reward: the difference is -1.000 [-2.000, +0.000]"
     assert sentence in data["in_words"][0] and data["in_words"][0] in printed
     assert "reference is 6.500 [5.500, 7.500] above ARGS in reward." in data["in_words"]
