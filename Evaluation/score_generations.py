@@ -130,8 +130,8 @@ def main() -> None:
         if not is_main():
             continue
         kept = sum((score.method, score.prompt, score.result) in known for score in scores)
-        nothing_new = earlier is not None and kept == len(scores)
-        origin = earlier.origin if nothing_new else Origin.of(settings, describe_device())
+        asked = earlier is None or kept < len(scores)
+        origin = Origin.of(settings, describe_device()) if asked else earlier.origin
         save_scores(path, Scores(reward_model=model, identity=identity, origin=origin, scores=scores))
         for note in run.notes:
             print(f"- {note}")

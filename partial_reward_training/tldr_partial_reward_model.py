@@ -364,7 +364,7 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
 
     flags = changed_flags(partial_reward_model=(settings.output_dir, Settings.output_dir))
     methods = ["--methods", "PARGS-G", "PARGS"]
-    start = load_config(settings.model_name_or_path, revision=settings.model_revision or "main")
+    start = load_config(settings.model_name_or_path, "", settings.model_revision or "main")
     if any("SequenceClassification" in kind for kind in start.architectures or []):  # else it is a policy
         flags += changed_flags(full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path))
         methods.insert(1, "ARGS")
