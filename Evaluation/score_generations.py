@@ -130,8 +130,7 @@ def main() -> None:
         if not is_main():
             continue
         kept = sum((score.method, score.prompt, score.result) in known for score in scores)
-        asked = earlier is None or kept < len(scores)
-        origin = Origin.of(settings, describe_device()) if asked else earlier.origin
+        origin = earlier.origin if earlier and kept == len(scores) else Origin.of(settings, describe_device())
         save_scores(path, Scores(reward_model=model, identity=identity, origin=origin, scores=scores))
         for note in run.notes:
             print(f"- {note}")
