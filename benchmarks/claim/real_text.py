@@ -8,7 +8,7 @@ Three questions are put to a reward model, each by pairs of responses to one pro
 
   relevance  a post's human summary against another post's; the truth is known
   hh         which answer of a dialogue a human preferred
-  judged     which summary of a post a human preferred
+  judged     which summary of a post a human preferred; only if asked for with --tasks
 
 For each, a model of whole responses (`full`) and one of all prefixes (`partial`) are trained on the same
 pairs with the same updates, seed by seed; held-out posts are decoded with those of relevance. The same
@@ -25,7 +25,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from arms import prefix_lengths
@@ -47,7 +47,7 @@ from pargs.scoring import score_pairs
 
 TRAINING_SEEDS = (1, 2, 3)
 SAMPLING_SEEDS = (11, 12)
-TASKS = ("relevance", "judged", "hh")
+Task = Literal["relevance", "hh", "judged"]
 RATE = 5e-5
 EPOCHS = {"relevance": 1, "judged": 2, "hh": 2}
 LONGEST = {"hh": 256}  # tokens of a prompt and a response, else 512
@@ -66,6 +66,7 @@ class Settings:
     comparisons: str = setting("openai/summarize_from_feedback", "Judged summaries.")
     test_posts: str = setting("CarperAI/openai_summarize_tldr", "Posts with human summaries.")
     dialogues: str = setting("Anthropic/hh-rlhf", "Judged answers.")
+    tasks: list[Task] = setting(["relevance", "hh"], "Questions to put; only relevance decodes posts.")
     output_dir: str = setting("runs/real_text", "Where data, models and results go.")
     docs_dir: str = setting("docs/claim", "Where tables and figures go.")
     workers: PositiveInt = setting(2, "Pieces that run side by side, one thread each.")
@@ -235,7 +236,7 @@ def plan(settings: Settings) -> list[Piece]:
             (data / "judged",),
         ),
     ]
-    for task in TASKS:
+    for task in settings.tasks:
         if task == "hh":
             pieces.append(Piece(data / task, make_dialogues, (here(settings.dialogues), data / task)))
         encoded, frozen = data / f"{task}-encoded", data / f"{task}-frozen.safetensors"
@@ -295,7 +296,7 @@ def decoding_pieces(
     sampled = ("--methods", "TOP-K", "PARGS", "BESTN", "--best_of", 4, "--seed", SAMPLING_SEEDS[0])
     for gap in GAPS:
         rule = ("--candidate_gap", gap) if gap else ()
-        run(f"gap-{gap or 'none'}", *guides, *sampled, *rule, needs=(full, partial))
+        run(f"gap-{gap:g}" if gap else "gap-none", *guides, *sampled, *rule, needs=(full, partial))
     return pieces
 
 
