@@ -52,6 +52,8 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
 def read_rows(name: str, config: str | None, split: str, cache_dir: str) -> Dataset | list[dict]:
     """The rows of a file (JSON lines, CSV or parquet; the first two also as .gz), or of a dataset's split."""
     if not Path(name).is_file():
+        if not Path(name).exists() and Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet", ".gz"):
+            fail(f"there is no file {name!r}")
         return read_split(name, config, split, cache_dir)
     kind = "".join(Path(name).suffixes).removesuffix(".gz").rpartition(".")[2].lower()
     try:

@@ -50,11 +50,13 @@ def differences(runs: dict[str, Run]) -> dict[str, dict[str, dict[str, str]]]:
 def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
     """Exit, naming all of it, where runs differ in settings, models or prompts, which a sweep may in most."""
     reasons: defaultdict[str, list[str]] = defaultdict(list)
+    other_scale = False
     for method, facts in differences(runs).items():
         for fact, values in facts.items():
             if not sweep or fact in ALIKE_IN_A_SWEEP:
                 said = ", ".join(f"{value} in {name}" for name, value in values.items())
                 reasons[f"{fact}: {said}"].append(method)
+                other_scale |= fact == "evaluator"
     described = [f"{reason} ({', '.join(methods)})" for reason, methods in reasons.items()]
     for scorer in dict.fromkeys(scorer for run in runs.values() for scorer in run.scores):
         asked = {name: run.scores[scorer] for name, run in runs.items() if scorer in run.scores}
@@ -69,9 +71,28 @@ def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
             described.append(
                 f"prompts: {run.directory} has {common} of the {len(prompts)} of {first.directory}"
             )
+    if not (sweep or described) and (same := same_samples(runs)):
+        described.append(same)
     if described:
-        ways = "" if sweep else "--sweep gives each setting a row of its own, "
+        ways = "" if sweep or other_scale else "--sweep gives each setting a row of its own, "
+        if other_scale:
+            scored = "decode again with one --evaluation_reward_model (what is written is only scored anew)"
+            ways = f"rewards of two models are not of one scale: {scored}; "
         fail(f"these runs differ in {'; '.join(described)}. {ways}--pool_anyway pools them all the same")
+
+
+def same_samples(runs: dict[str, Run]) -> str:
+    """Which runs are no second sample of the same prompts, as their seed is the same; "" where none is."""
+    seen: dict[tuple[str, int], str] = {}
+    for name, run in runs.items():
+        for method in run.rewards:
+            record = run.methods.get(method)
+            if record is None or record.seed is None or record.method.greedy:
+                continue
+            if other := seen.get((method, record.seed)):
+                return f"nothing that is drawn: {method} has the seed {record.seed} in {other} and {name}"
+            seen[method, record.seed] = name
+    return ""
 
 
 def note_unknown(runs: dict[str, Run]) -> None:

@@ -1,5 +1,7 @@
 """The figure of the average reward: means with their intervals, and the prompts behind them."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -34,10 +36,11 @@ def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
         if method != baseline:
             draw_mean(right, row["difference"], row["difference_low"], row["difference_high"], at, colour)
 
-    left.set_yticks(range(len(summary)), [f"{name}  (n={n:.0f})" for name, n in summary["n"].items()])
+    names = [fill(f"{name}  (n={n:.0f})", 28) for name, n in summary["n"].items()]
+    left.set_yticks(range(len(summary)), names)
     left.set_ylim(len(summary) - 0.45, -0.55)  # the first method on top
     style_axes(left, "Average reward", "reward of the response", grid="x")
-    style_axes(right, f"Difference to {baseline}", f"reward minus {baseline}'s, same prompts", grid="x")
+    style_axes(right, fill(f"Difference to {baseline}", 34), "difference of rewards, same prompts", grid="x")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.tick_params(axis="y", length=0)

@@ -136,7 +136,8 @@ def main() -> None:
             print(f"- {note}")
         print(f"wrote {path}: {len(scores)} rewards, {kept} of them known before")
     if is_main():
-        next_step("Evaluation/show_result.py", *(directories if directories != ["."] else []))
+        several = [*directories, "--sweep"] if len(directories) > 1 else directories
+        next_step("Evaluation/show_result.py", *(several if directories != ["."] else []))
 
 
 if __name__ == "__main__":

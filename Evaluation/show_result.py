@@ -96,7 +96,8 @@ def describe_settings(runs: dict[str, Run]) -> list[str]:
         values = dict.fromkeys(getattr(record, name) for _, record in records)
         return ", ".join("?" if value is None else str(value) for value in values)
 
-    weights = [f"{method} {record.method.weight:g}" for method, record in records if record.method.guide]
+    guided = [(method, record.method.weight) for method, record in records if record.method.guide]
+    weights = [f"{method} {weight:g}" for method, weight in guided if "(weight" not in method]
     parts = [f"k = {all_values('k')}", f"at most {all_values('max_new_tokens')} new tokens"]
     parts += [f"w: {', '.join(dict.fromkeys(weights))}"] if weights else []
     if any(record.candidate_gap for _, record in records):

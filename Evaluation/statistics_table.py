@@ -46,9 +46,17 @@ def summarise_method(rewards: pd.Series, resamples: int, seed: int) -> dict[str,
     }
 
 
+def pair(rewards: pd.Series, baseline: pd.Series) -> pd.Series:
+    """Differences within each run; where the two were not decoded in the same runs, of prompts' means."""
+    of_rewards, of_baseline = (set(run_means(values).index) for values in (rewards, baseline))
+    if of_rewards != of_baseline:
+        rewards, baseline = per_prompt(rewards), per_prompt(baseline)
+    return (rewards - baseline).dropna()
+
+
 def compare_methods(rewards: pd.Series, baseline: pd.Series, resamples: int, seed: int) -> dict[str, float]:
     """Mean difference where both have a reward, its interval, and the win rate (a tie is half a win)."""
-    difference = (rewards - baseline).dropna()
+    difference = pair(rewards, baseline)
     prompts = per_prompt(difference)
     low, high = bootstrap_interval(prompts.to_numpy(), resamples, seed)
     wins = (difference > 0) + 0.5 * (difference == 0)

@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pargs.chat import chat_prompt, with_turns
-from pargs.cli import fail
+from pargs.cli import fail, warn
 from pargs.encoding import check_chat_ids
 from pargs.files import MAKE_PAIRS, read_dataset, read_template
 from pargs.models import load_tokenizer
@@ -58,10 +58,11 @@ def load_prompts(
         prompts, references = read_own_prompts(own_prompts, policy)
         count = num_prompts or len(prompts)
         return prompts[:count], references[:count], read_template(dataset)
-    num_prompts = NUM_TEST_PROMPTS if num_prompts is None else num_prompts
-
     splits, notes = read_dataset(dataset, {"test": ["prompt", "reference"]}, MAKE_PAIRS)
     test = splits["test"]
+    if num_prompts and num_prompts > len(test):
+        warn(f"the test split has {len(test)} prompts, not the {num_prompts} of --num_prompts")
+    num_prompts = NUM_TEST_PROMPTS if num_prompts is None else num_prompts
     if num_prompts:
         # In memory: `datasets` would leave a cache file in the artifact it reads.
         test = test.shuffle(seed=seed, keep_in_memory=True).select(range(min(num_prompts, len(test))))

@@ -372,6 +372,32 @@ def test_a_sweep_is_one_table(tmp_path, report, capsys):
     assert "does not say with what ARGS" in refuse(show_result, tmp_path, capsys, *names[:2], "--sweep")
 
 
+def test_rewards_of_two_models_and_the_same_samples_are_no_second_run(tmp_path, report, capsys):
+    write_sweep(tmp_path)
+    write_sweep(tmp_path / "other", evaluator="other judge")
+    said = refuse(show_result, tmp_path, capsys, "w1-s1", "other/w1-s2")
+    assert "decode again with one --evaluation_reward_model" in said and "--sweep" not in said
+
+    shutil.copytree(tmp_path / "w1-s1", tmp_path / "again")
+    said = refuse(show_result, tmp_path, capsys, "w1-s1", "again")
+    assert "differ in nothing that is drawn: PARGS has the seed 1 in w1-s1 and again" in said
+
+
+def test_methods_of_other_seeds_are_compared_by_the_means_of_their_prompts(tmp_path, report):
+    """In a sweep the baseline may have other seeds: the difference is that of the means in the table."""
+    write_sweep(tmp_path)
+    for weight, seed in ((5.0, 3), (1.0, 1)):
+        run = tmp_path / f"w{weight:.0f}-s{seed}"
+        write_rewards(run, PARGS=[weight, 1, 2, 6], reference=[9] * 4)
+        write_records(
+            run, "base", evaluator="judge", seed=seed, PARGS=Method(policy="base", guide="p", weight=weight)
+        )
+    table, printed = report("w5-s3", "w1-s1", "w1-s2", "--sweep", "--baseline", "PARGS (weight 5.0, guide p)")
+    row = table.drop(index=["PARGS (weight 5.0, guide p)", "reference"]).dropna(subset="difference")
+    assert len(row) and "too few" not in printed
+    assert list(row["difference"]) == list(row["mean"] - table.loc["PARGS (weight 5.0, guide p)", "mean"])
+
+
 def test_runs_with_and_without_a_gap_are_two_settings(tmp_path, report, capsys):
     for name, gap, reward in (("all", None, 1.0), ("near", 3.0, 2.0)):
         write_rewards(tmp_path / name, ARGS=[reward] * 4)
