@@ -40,7 +40,7 @@ def draw_figure(rewards: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     left.set_yticks(range(len(summary)), names)
     left.set_ylim(len(summary) - 0.45, -0.55)  # the first method on top
     style_axes(left, "Average reward", "reward of the response", grid="x")
-    style_axes(right, fill(f"Difference to {baseline}", 34), "difference of rewards, same prompts", grid="x")
+    style_axes(right, fill(f"Difference to {baseline}", 26), "difference of rewards, same prompts", grid="x")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.tick_params(axis="y", length=0)
