@@ -47,9 +47,9 @@ ARM_COLOURS = {
     "PARGS": "#3f8fd2",
 }
 MEASURES = {
-    "reward": "reward by MiniLM, which guided nobody",
-    "own_post": "prefers its own post to nine others",
-    "rouge_l": "ROUGE-L with the human summary",
+    "reward": "reward by MiniLM,\nwhich guided nobody",
+    "own_post": "its own post preferred\nto nine others",
+    "rouge_l": "ROUGE-L with\nthe human summary",
 }
 PAIRED = (
     ("greedy", ("ARGS", "ARGS, closed", "PARGS-G", "PARGS")),
