@@ -145,8 +145,14 @@ causal() {
 overwrite=()
 at=-1
 stopped() {
-    local again="$mode ${steps[*]:at}${flags[*]:+ -- ${flags[*]}}"
-    printf '\nstopped in the step %s; to go on from there: bash run.sh %s\n' "$step" "$again" >&2
+    local flag kept=()
+    for flag in "${flags[@]}"; do
+        [ "$flag" = --overwrite ] || kept+=("$flag")  # or what is finished would go
+    done
+    [ ${#kept[@]} = 0 ] || kept=(-- "${kept[@]}")
+    printf '\nstopped in the step %s; to go on from there: bash run.sh' "$step" >&2
+    printf ' %q' "$mode" "${steps[@]:at}" "${kept[@]}" >&2
+    printf '\n' >&2
     exit 130
 }
 trap stopped INT

@@ -3,13 +3,13 @@
 import gzip
 import json
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.csv.csv import CsvConfig
 from httpx import HTTPError
 from yaml import YAMLError
 
@@ -31,11 +31,9 @@ def load_source(name: str, config: str | None, cache_dir: str) -> DatasetDict:
     give one run's rows to another, or the rows as they were before the files changed.
     """
     where: dict[str, Any] = {"cache_dir": cache_dir} if Path(name).is_dir() else {}
-    kinds = Counter(Path(path.name.removesuffix(".gz")).suffix for path in Path(name).rglob("*"))
-    rows = {kind: kinds[kind] for kind in (".csv", ".parquet", ".json", ".jsonl") if kinds[kind]}
-    if where and rows and max(rows, key=lambda kind: rows[kind]) == ".csv":  # as `load_dataset` chooses
-        where["keep_default_na"] = False  # an answer may well read "NA"
     try:
+        if where and isinstance(load_dataset_builder(name, config, **where).config, CsvConfig):
+            where |= {"keep_default_na": False, "na_values": [""]}  # an answer may well read "NA"
         return load_dataset(name, config, **where)
     except SOURCE_ERRORS as error:
         # "Dataset scripts are no longer supported" is a RuntimeError, an unknown configuration a ValueError.

@@ -149,7 +149,8 @@ def match(file_a: Path, file_b: Path) -> list[Pair]:
 def draw(pairs: list[Pair], settings: Settings) -> list[Pair]:
     """`num_prompts` of the pairs in their order.
 
-    Which ones depends on each prompt alone: asking for more, or decoding more, keeps those judged before.
+    They are those that stand first in an order of all prompts: a larger draw contains the smaller one, and
+    prompts that were decoded since push out as many as come in.
     """
     drawn = sorted(pairs, key=lambda pair: blake2b(json.dumps([settings.seed, pair[0]]).encode()).digest())
     chosen = {prompt for prompt, _, _ in drawn[: settings.num_prompts or None]}

@@ -49,40 +49,54 @@ def differences(runs: dict[str, Run]) -> dict[str, dict[str, dict[str, str]]]:
 
 def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
     """Exit, naming all of it, where runs differ in settings, models or prompts, which a sweep may in most."""
-    reasons: defaultdict[str, list[str]] = defaultdict(list)
-    other_scale = False
+    of_rows, of_tables = defaultdict(list), defaultdict(list)  # what a sweep may differ in, and what not
     for method, facts in differences(runs).items():
         for fact, values in facts.items():
-            if not sweep or fact in ALIKE_IN_A_SWEEP:
-                said = ", ".join(f"{value} in {name}" for name, value in values.items())
-                reasons[f"{fact}: {said}"].append(method)
-                other_scale |= fact == "evaluator"
-    described = [f"{reason} ({', '.join(methods)})" for reason, methods in reasons.items()]
+            said = ", ".join(f"{value} in {name}" for name, value in values.items())
+            (of_tables if fact in ALIKE_IN_A_SWEEP else of_rows)[f"{fact}: {said}"].append(method)
+    rows, tables = (
+        [f"{reason} ({', '.join(methods)})" for reason, methods in reasons.items()]
+        for reasons in (of_rows, of_tables)
+    )
+    scales = any(reason.startswith("evaluator") for reason in tables)
+    tables += other_scorers(runs) + other_prompts(runs)
+    found = tables if sweep else rows + tables
+    if not (found or sweep):
+        found = same_samples(runs)
+    if not found:
+        return
+
+    ways = "" if sweep or tables else "--sweep gives each setting a row of its own, "
+    if scales:
+        again = "decode again with one --evaluation_reward_model (what is written is only scored anew)"
+        ways = f"rewards of two models are not of one scale: {again}; "
+    fail(f"these runs differ in {'; '.join(found)}. {ways}--pool_anyway pools them all the same")
+
+
+def other_scorers(runs: dict[str, Run]) -> list[str]:
+    """Scores of one name that two reward models gave."""
+    found = []
     for scorer in dict.fromkeys(scorer for run in runs.values() for scorer in run.scores):
         asked = {name: run.scores[scorer] for name, run in runs.items() if scorer in run.scores}
         if len({scores.identity or scores.reward_model for scores in asked.values()}) > 1:
             said = ", ".join(f"{scores.reward_model} in {name}" for name, scores in asked.items())
-            described.append(f"the reward model of the scores {scorer!r}: {said}")
+            found.append(f"the reward model of the scores {scorer!r}: {said}")
+    return found
+
+
+def other_prompts(runs: dict[str, Run]) -> list[str]:
+    """Runs with other prompts than the first."""
     first, *others = runs.values()
-    prompts = set(first.rewards.index)
+    prompts, found = set(first.rewards.index), []
     for run in others:
         if set(run.rewards.index) != prompts:
             common = len(prompts & set(run.rewards.index))
-            described.append(
-                f"prompts: {run.directory} has {common} of the {len(prompts)} of {first.directory}"
-            )
-    if not (sweep or described) and (same := same_samples(runs)):
-        described.append(same)
-    if described:
-        ways = "" if sweep or other_scale else "--sweep gives each setting a row of its own, "
-        if other_scale:
-            scored = "decode again with one --evaluation_reward_model (what is written is only scored anew)"
-            ways = f"rewards of two models are not of one scale: {scored}; "
-        fail(f"these runs differ in {'; '.join(described)}. {ways}--pool_anyway pools them all the same")
+            found.append(f"prompts: {run.directory} has {common} of the {len(prompts)} of {first.directory}")
+    return found
 
 
-def same_samples(runs: dict[str, Run]) -> str:
-    """Which runs are no second sample of the same prompts, as their seed is the same; "" where none is."""
+def same_samples(runs: dict[str, Run]) -> list[str]:
+    """Runs that are no second sample of the same prompts, as their seed is the same."""
     seen: dict[tuple[str, int], str] = {}
     for name, run in runs.items():
         for method in run.rewards:
@@ -90,9 +104,9 @@ def same_samples(runs: dict[str, Run]) -> str:
             if record is None or record.seed is None or record.method.greedy:
                 continue
             if other := seen.get((method, record.seed)):
-                return f"nothing that is drawn: {method} has the seed {record.seed} in {other} and {name}"
+                return [f"nothing that is drawn: {method} has the seed {record.seed} in {other} and {name}"]
             seen[method, record.seed] = name
-    return ""
+    return []
 
 
 def note_unknown(runs: dict[str, Run]) -> None:

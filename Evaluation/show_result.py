@@ -94,7 +94,8 @@ def describe_settings(runs: dict[str, Run]) -> list[str]:
 
     def all_values(name: str) -> str:
         values = dict.fromkeys(getattr(record, name) for _, record in records)
-        return ", ".join("?" if value is None else str(value) for value in values)
+        unknown = "none" if name == "candidate_gap" else "?"  # in an older record
+        return ", ".join(unknown if value is None else str(value) for value in values)
 
     guided = [(method, record.method.weight) for method, record in records if record.method.guide]
     weights = [f"{method} {weight:g}" for method, weight in guided if "(weight" not in method]

@@ -298,11 +298,14 @@ def test_ctrl_c_in_run_sh_says_how_to_go_on(tmp_path):
     python.write_text('#!/bin/sh\ncase "$1" in *reward_model.py) kill -INT 0 ;; esac\n')
     python.chmod(0o755)
     command = ["bash", "run.sh", "paper", "data", "reward", "report"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True)
-    assert done.returncode == 130 and "\033" not in done.stdout
-    assert (
-        done.stderr == "\nstopped in the step reward; to go on from there: bash run.sh paper reward report\n"
-    )
+    flags = ["--", "--overwrite", "--seed", "3 4"]
+    again = ["stopped in the step reward; to go on from there: bash run.sh paper reward"]
+    again = [f"{again[0]} report", rf"{again[0]} -- --seed 3\ 4"]
+    commands = [command, ["bash", "run.sh", "paper", "reward", *flags]]
+    for command, said in zip(commands, again, strict=True):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True)
+        assert done.returncode == 130 and "\033" not in done.stdout
+        assert done.stderr == f"\n{said}\n"
 
 
 def refusal(capsys, function: Callable, *arguments: object) -> str:

@@ -145,7 +145,7 @@ def test_columns_have_the_names_that_are_given_and_cells_stay_text(process):
 
 def test_an_answer_in_a_folder_of_csv_files_may_read_na(process):
     Path("folder").mkdir()
-    rows = [standard(f"Why, {at}?", "NA", "null") for at in range(10)]
+    rows = [standard(f"Why, {at}?", "NA", "null") | {"score": at if at % 2 else ""} for at in range(10)]
     pd.DataFrame(rows).to_csv("folder/train.csv.gz", index=False)
     assert {(row["chosen"], row["rejected"]) for row in process("folder")["train"]} == {(" NA", " null")}
 

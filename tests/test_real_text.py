@@ -14,6 +14,7 @@ from datasets import load_from_disk
 from real_models import Question
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from pargs.cli import SettingsParser
 from pargs.models import RewardModel, load_reward_model
 from pargs.scoring import score_pairs
 
@@ -147,6 +148,21 @@ def test_only_the_top_layers_are_trained(
     assert sorted(set(found["prompts"])) == list(range(len(set(found["prompts"]))))
 
 
+def test_tasks_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """And without relevance, which alone decodes posts, there is nothing to decode."""
+    settings = SettingsParser(real_text.Settings, None).parse_args_into_dataclasses(
+        ["--tasks", "hh", "judged"]
+    )[0]
+    outputs = {piece.output.name for piece in real_text.plan(settings)}
+    assert settings.tasks == ["hh", "judged"] and "hh-full-s1" in outputs and "judged-partial-s3" in outputs
+    assert not [name for name in outputs if name in ("policy", "evaluator") or "unguided" in name]
+
+    monkeypatch.setattr("sys.argv", ["real_text.py", "--tasks", "hhh"])
+    with pytest.raises(SystemExit):
+        real_text.main()
+    assert "error: --tasks knows relevance, judged, hh, not hhh" in capsys.readouterr().err
+
+
 def test_a_row_of_the_table_is_of_prompts(tmp_path: Path) -> None:
     """Pairs of one prompt are one case: the interval is over prompts, the tests over pairs of a seed."""
     right = [[True], [False], [None], [True]]
@@ -161,3 +177,10 @@ def test_a_row_of_the_table_is_of_prompts(tmp_path: Path) -> None:
     assert of.loc["full open", "right"] == pytest.approx(2 / 3) and of.loc["full open", "pairs"] == 4
     gain = paired.set_index("second").loc["full open"]
     assert gain["difference"] == pytest.approx(0.25) and gain["p_seed_1"] == 1.0
+
+    real_figures.report(tmp_path, tmp_path / "docs")
+    assert {path.name for path in (tmp_path / "docs").glob("*.[cp][sn][vg]")} == {
+        "real_accuracy.csv",
+        "real_accuracy_paired.csv",
+        "real_ranking.png",
+    }

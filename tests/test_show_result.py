@@ -405,7 +405,8 @@ def test_runs_with_and_without_a_gap_are_two_settings(tmp_path, report, capsys):
         write_records(tmp_path / name, "base", seed=1, candidate_gap=gap, ARGS=method)
     said = refuse(show_result, tmp_path, capsys, "all", "near")
     assert "differ in candidate_gap: none in all, 3.0 in near (ARGS)" in said
-    table, _ = report("all", "near", "--sweep")
+    table, printed = report("all", "near", "--sweep")
+    assert "candidate gap none, 3.0." in printed
     assert dict(table["mean"]) == {"ARGS (candidate_gap none)": 1, "ARGS (candidate_gap 3.0)": 2}
 
 

@@ -193,18 +193,16 @@ def draw_arms(arms: pd.DataFrame, table: pd.DataFrame) -> Figure:
 def report(out: Path, docs: Path) -> None:
     """Write every table and figure, and say where."""
     accuracy, paired = rank_tables(out)
-    arms = read_arms(out)
-    table = arm_table(arms)
-    tables = {
-        "accuracy": accuracy,
-        "accuracy_paired": paired,
-        "arms": table,
-        "comparisons": comparison_table(arms),
-    }
+    tables, figures = {"accuracy": accuracy, "accuracy_paired": paired}, {"ranking": draw_ranking(accuracy)}
+    evaluator = out / "results/evaluator.json"
+    if evaluator.exists():  # posts were decoded
+        arms = read_arms(out)
+        tables |= {"arms": arm_table(arms), "comparisons": comparison_table(arms)}
+        figures |= {"arms": draw_arms(arms, tables["arms"])}
+        right = json.loads(evaluator.read_text())
+        print(f"the evaluator is right on {sum(right)} of {len(right)} held-out pairs")
     for name, each in tables.items():
         write_text(docs / f"real_{name}.csv", each.round(4).to_csv(index=False))
-    for name, figure in {"ranking": draw_ranking(accuracy), "arms": draw_arms(arms, table)}.items():
+    for name, figure in figures.items():
         save_figure(figure, docs / f"real_{name}")
-    right = json.loads((out / "results/evaluator.json").read_text())
-    print(f"the evaluator is right on {sum(right)} of {len(right)} held-out pairs")
     print(f"wrote {docs}/real_*.csv, .png, .pdf")

@@ -25,7 +25,7 @@ import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from arms import prefix_lengths
@@ -38,7 +38,7 @@ from sources import load_source
 from study import Piece, run_pieces, run_stage
 from tldr_data_process import format_prompt, format_response
 
-from pargs.cli import parse_settings, setting
+from pargs.cli import fail, parse_settings, setting
 from pargs.encoding import encode_texts
 from pargs.files import NOTES, read_template, write_text
 from pargs.models import load_reward_model
@@ -47,7 +47,6 @@ from pargs.scoring import score_pairs
 
 TRAINING_SEEDS = (1, 2, 3)
 SAMPLING_SEEDS = (11, 12)
-Task = Literal["relevance", "hh", "judged"]
 RATE = 5e-5
 EPOCHS = {"relevance": 1, "judged": 2, "hh": 2}
 LONGEST = {"hh": 256}  # tokens of a prompt and a response, else 512
@@ -66,7 +65,7 @@ class Settings:
     comparisons: str = setting("openai/summarize_from_feedback", "Judged summaries.")
     test_posts: str = setting("CarperAI/openai_summarize_tldr", "Posts with human summaries.")
     dialogues: str = setting("Anthropic/hh-rlhf", "Judged answers.")
-    tasks: list[Task] = setting(["relevance", "hh"], "Questions to put; only relevance decodes posts.")
+    tasks: list[str] = setting(["relevance", "hh"], "Questions to put; only relevance decodes posts.")
     output_dir: str = setting("runs/real_text", "Where data, models and results go.")
     docs_dir: str = setting("docs/claim", "Where tables and figures go.")
     workers: PositiveInt = setting(2, "Pieces that run side by side, one thread each.")
@@ -307,6 +306,8 @@ def here(name: str) -> str:
 
 def main() -> None:
     settings = parse_settings(Settings, __doc__)
+    if unknown := [task for task in settings.tasks if task not in EPOCHS]:
+        fail(f"--tasks knows {', '.join(EPOCHS)}, not {', '.join(unknown)}")
     out = Path(settings.output_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     run_pieces(plan(settings), settings.workers, out / "seconds.json")
