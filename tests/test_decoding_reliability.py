@@ -32,7 +32,7 @@ from small_disk import small_disk  # noqa: F401
 from small_runs import write_dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
-from pargs import runs
+from pargs import files, runs
 from pargs.chat import ChatPrompt, Turn
 from pargs.origin import folder_digest
 from pargs.runs import Cost, Generation, Method, MethodRecord, read_traces, trace_path, write_methods
@@ -364,8 +364,8 @@ def test_a_run_stopped_while_it_saves_is_whole_after_the_next(
             write_text(path, text)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_state, "write_text", stop_at_last)
-            patch.setattr(runs, "write_text", stop_at_last)
+            for module in (files, run_state, runs):
+                patch.setattr(module, "write_text", stop_at_last)
             try:
                 decode(*others)
             except KeyboardInterrupt:
