@@ -94,6 +94,10 @@ def describe_settings(runs: dict[str, Run]) -> list[str]:
 
     def all_values(name: str) -> str:
         values = dict.fromkeys(getattr(record, name) for _, record in records)
+        if name == "evaluator":  # of a folder its name, of one of the hub's all of it
+            values = [
+                value and (Path(value).name if Path(value).is_absolute() else value) for value in values
+            ]
         unknown = "none" if name == "candidate_gap" else "?"  # in an older record
         return ", ".join(unknown if value is None else str(value) for value in values)
 
