@@ -50,7 +50,8 @@ def differences(runs: dict[str, Run]) -> dict[str, dict[str, dict[str, str]]]:
 def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
     """Exit, naming all of it, where runs differ in settings, models or prompts, which a sweep may in most."""
     of_rows, of_tables = defaultdict(list), defaultdict(list)  # what a sweep may differ in, and what not
-    for method, facts in differences(runs).items():
+    different = differences(runs)
+    for method, facts in different.items():
         for fact, values in facts.items():
             said = ", ".join(f"{value} in {name}" for name, value in values.items())
             (of_tables if fact in ALIKE_IN_A_SWEEP else of_rows)[f"{fact}: {said}"].append(method)
@@ -58,7 +59,6 @@ def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
         [f"{reason} ({', '.join(methods)})" for reason, methods in reasons.items()]
         for reasons in (of_rows, of_tables)
     )
-    scales = any(reason.startswith("evaluator") for reason in tables)
     tables += other_scorers(runs) + other_prompts(runs)
     found = tables if sweep else rows + tables
     if not (found or sweep):
@@ -67,7 +67,7 @@ def check_alike(runs: dict[str, Run], sweep: bool = False) -> None:
         return
 
     ways = "" if sweep or tables else "--sweep gives each setting a row of its own, "
-    if scales:
+    if any("evaluator" in facts for facts in different.values()):
         again = "decode again with one --evaluation_reward_model (what is written is only scored anew)"
         ways = f"rewards of two models are not of one scale: {again}; "
     fail(f"these runs differ in {'; '.join(found)}. {ways}--pool_anyway pools them all the same")

@@ -153,6 +153,11 @@ def unused_positions(config: PreTrainedConfig) -> int:
     return max((padding_id + 1 for padding_id in reserved if padding_id is not None), default=0)
 
 
+def is_reward_model(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a sequence classifier, with a head."""
+    return any("SequenceClassification" in kind for kind in config.architectures or [])
+
+
 def check_one_label(name: str, config: PreTrainedConfig) -> None:
     if config.num_labels != 1:
         fail(f"{name!r} has {config.num_labels} labels; a reward model has one")
@@ -175,7 +180,7 @@ def load_reward_model(
     """Load a trained reward model; exits where it is missing, has no trained head or not one output."""
     config = load_config(name, hint)
     tokenizer = load_tokenizer(name, hint)
-    if not any("SequenceClassification" in kind for kind in config.architectures or []):
+    if not is_reward_model(config):
         fail(f"{name!r} is no trained reward model: it is a {(config.architectures or ['nameless'])[0]}")
     check_one_label(name, config)
 

@@ -36,6 +36,7 @@ from pargs.model_card import Training
 from pargs.models import (
     check_causal_reward_model,
     check_one_label,
+    is_reward_model,
     load_config,
     load_tokenizer,
     warn_of_pickle,
@@ -365,7 +366,7 @@ def report(trainer: RewardTrainer, settings: Settings) -> None:
     flags = changed_flags(partial_reward_model=(settings.output_dir, Settings.output_dir))
     methods = ["--methods", "PARGS-G", "PARGS"]
     start = load_config(settings.model_name_or_path, "", settings.model_revision or "main")
-    if any("SequenceClassification" in kind for kind in start.architectures or []):  # else it is a policy
+    if is_reward_model(start):  # else it is a policy
         flags += changed_flags(full_reward_model=(settings.model_name_or_path, Settings.model_name_or_path))
         methods.insert(1, "ARGS")
     if Path(PAIRS).is_dir():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,3 +295,13 @@ def small_models(tokenizers, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
     return [f"POST: {post}\nTL;DR:" for post, _, _ in make_posts(7, 5)]
+
+
+def copy_run_sh(directory: Path, python: str) -> None:
+    """run.sh, and in its environment a shell script that stands in for python."""
+    for name in ("run.sh", "environment.sh", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, directory)
+    stand_in = directory / ".venv/bin/python"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(f"#!/bin/sh\n{python}\n")
+    stand_in.chmod(0o755)

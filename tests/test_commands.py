@@ -18,6 +18,7 @@ from conftest import (
     ROOT,
     STAGES,
     assert_one_error,
+    copy_run_sh,
     hub_rows,
     hub_test_rows,
     make_posts,
@@ -291,20 +292,16 @@ def test_run_sh_says_what_to_type(tmp_path):
 
 def test_ctrl_c_in_run_sh_says_how_to_go_on(tmp_path):
     """A stand-in for python, which Ctrl-C meets while it trains."""
-    for name in ("run.sh", "environment.sh", "pyproject.toml", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\ncase "$1" in *reward_model.py) kill -INT 0 ;; esac\n')
-    python.chmod(0o755)
-    command = ["bash", "run.sh", "paper", "data", "reward", "report"]
+    copy_run_sh(tmp_path, 'case "$1" in *reward_model.py) kill -INT 0 ;; esac')
     flags = ["--", "--overwrite", "--seed", "3 4"]
-    again = ["stopped in the step reward; to go on from there: bash run.sh paper reward"]
-    again = [f"{again[0]} report", rf"{again[0]} -- --seed 3\ 4"]
-    commands = [command, ["bash", "run.sh", "paper", "reward", *flags]]
-    for command, said in zip(commands, again, strict=True):
+    for steps, again in (
+        (["data", "reward", "report"], "reward report"),
+        (["reward", *flags], r"reward -- --seed 3\ 4"),
+    ):
+        command = ["bash", "run.sh", "paper", *steps]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True)
         assert done.returncode == 130 and "\033" not in done.stdout
+        said = f"stopped in the step reward; to go on from there: bash run.sh paper {again}"
         assert done.stderr == f"\n{said}\n"
 
 

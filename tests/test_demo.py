@@ -16,7 +16,7 @@ import pytest
 import themes
 import torch
 import true_quality as report
-from conftest import ROOT, assert_one_error
+from conftest import ROOT, assert_one_error, copy_run_sh
 from datasets import DatasetDict, Features, List, Value, load_dataset
 from make_posts import DEFECTS, draw_story, facts_of, parse, write_post, write_summary
 from quality import WEIGHTS, share_said, true_quality
@@ -382,12 +382,7 @@ def test_runs_that_are_none_are_refused(world: Path, capsys, runs: list[str], sa
 @pytest.mark.parametrize("mode", ["demo", "paper"])
 def test_run_sh_tells_both_halves_of_the_demo_and_the_paper_alone(tmp_path: Path, mode: str) -> None:
     """Which scripts it starts, where; a stand-in for python notes it."""
-    for name in ("run.sh", "environment.sh", "pyproject.toml", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\ncase "$1" in *.py) echo "$PWD $*" >> "${0%/.venv*}/log" ;; esac\n')
-    python.chmod(0o755)
+    copy_run_sh(tmp_path, 'case "$1" in *.py) echo "$PWD $*" >> "${0%/.venv*}/log" ;; esac')
 
     def start(*steps: str) -> list[tuple[str, str, str]]:
         """(directory, script, arguments) of each start."""
